@@ -1,0 +1,177 @@
+"""Which layers run the lightning indexer and which reuse its last selection: decided once, at load.
+
+The knobs are those of ATOM's MiniMax-M3 (`use_index_cache`, `index_topk_freq`, `index_topk_pattern`,
+`index_skip_topk_offset`), with its rule: over the sparse layers, counted from 0, layer i reuses when
+`max(i - offset, 0) % freq != 0`, and a pattern of F and S overrides both. The idea of sharing a top-k across
+layers, and the searched patterns, come from IndexCache (arXiv 2603.12201).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+
+PLAN_FILE_FORMAT = "m3serve-index-plan"
+PLAN_FILE_MAX_BYTES = 16 * 2**20
+KNOBS = ("use_index_cache", "index_topk_freq", "index_topk_pattern", "index_skip_topk_offset", "index_plan_file")
+
+
+class Role(StrEnum):
+    """What a layer does about its selection."""
+
+    DENSE = "D"  # full attention, no selection
+    COMPUTE = "F"  # runs the lightning indexer and writes the selection
+    REUSE = "S"  # reads the selection of the nearest F above it
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPlan:
+    """The role of every layer. Built once at load, checked once, never changed. `str()` gives its letters."""
+
+    roles: tuple[Role, ...]
+
+    @classmethod
+    def build(
+        cls,
+        is_sparse: Sequence[bool],
+        *,
+        freq: int = 1,
+        offset: int = 0,
+        pattern: str | None = None,
+        stage_starts: Sequence[int] = (0,),
+    ) -> IndexPlan:
+        """Resolve the knobs to one role per layer.
+
+        is_sparse: one entry per layer.  freq: one sparse layer in `freq` selects.  offset: how many sparse layers
+        after the first still select each for itself.  pattern: F or S per sparse layer, overrides both.
+        stage_starts: first layer of each pipeline stage; a stage cannot read a selection of another.
+        Raises ConfigError when a reuse layer would have nothing to read.
+        """
+        num_sparse = sum(is_sparse)
+        if freq < 1:
+            raise ConfigError(f"index_topk_freq must be >= 1, got {freq}")
+        if offset < 0:
+            raise ConfigError(f"index_skip_topk_offset must be >= 0, got {offset}")
+        if pattern is None:
+            pattern = "".join("S" if max(i - offset, 0) % freq else "F" for i in range(num_sparse))
+        if len(pattern) != num_sparse:
+            raise ConfigError(
+                f"index_topk_pattern needs {num_sparse} letters, one per sparse layer, got {len(pattern)}: {pattern!r}"
+            )
+        if wrong := sorted(set(pattern) - {"F", "S"}):
+            raise ConfigError(f"index_topk_pattern may hold only the letters F and S, got {wrong} in {pattern!r}")
+        letters = iter(pattern)
+        roles = tuple(Role(next(letters)) if sparse else Role.DENSE for sparse in is_sparse)
+        for start in stage_starts:
+            first = next((role for role in roles[start:] if role is not Role.DENSE), Role.COMPUTE)
+            if first is Role.REUSE:
+                raise ConfigError(
+                    f"the first sparse layer from layer {start} on must be F, since an S layer reads the selection "
+                    f"of an F layer above it: {''.join(roles)}"
+                )
+        return cls(roles)
+
+    def source(self, layer_id: int) -> int:
+        """The F layer whose selection `layer_id` attends with: itself when it is one. ValueError on a dense layer."""
+        if self.roles[layer_id] is Role.DENSE:
+            raise ValueError(f"layer {layer_id} is dense: it has no selection")
+        return next(i for i in range(layer_id, -1, -1) if self.roles[i] is Role.COMPUTE)
+
+    def layers(self, role: Role) -> tuple[int, ...]:
+        """Layer ids with this role, ascending."""
+        return tuple(i for i, r in enumerate(self.roles) if r is role)
+
+    def __str__(self) -> str:
+        return "".join(self.roles)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexKnobs:
+    """The user's knobs after their sources were merged and checked; `build_plan` turns them into an IndexPlan."""
+
+    freq: int = 1
+    offset: int = 0
+    pattern: str | None = None
+
+    def build_plan(self, is_sparse: Sequence[bool]) -> IndexPlan:
+        return IndexPlan.build(is_sparse, freq=self.freq, offset=self.offset, pattern=self.pattern)
+
+
+def resolve_knobs(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> IndexKnobs:
+    """Merge the knobs of several sources; a later source overrides an earlier one.
+
+    layers: (name of the source, its knobs), e.g. ("config.json", {...}), ("hf_overrides", {...}), ("settings", {...}).
+    Raises ConfigError for a wrong type, for knobs of one source that contradict each other, and for knobs that ask
+    for sharing while nothing switches it on.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, int] = {}
+    for rank, (source, knobs) in enumerate(layers):
+        given = {key: value for key, value in knobs.items() if value is not None}
+        for key, value in given.items():
+            _check_type(source, key, value)
+        if given.get("index_plan_file") and given.get("index_topk_pattern"):
+            raise ConfigError(f"{source} sets both index_plan_file and index_topk_pattern: keep one")
+        # A pattern and a plan file say the same thing: the later source wins over the earlier one's other spelling.
+        for this, other in (
+            ("index_plan_file", "index_topk_pattern"),
+            ("index_topk_pattern", "index_plan_file"),
+        ):
+            if this in given:
+                merged.pop(other, None)
+        if {"index_topk_freq", "index_skip_topk_offset"} & given.keys() and not (
+            {"index_plan_file", "index_topk_pattern"} & given.keys()
+        ):
+            merged.pop("index_topk_pattern", None)
+            merged.pop("index_plan_file", None)
+        for key, value in given.items():
+            merged[key] = value
+            origin[key] = rank
+    pattern = merged.get("index_topk_pattern")
+    if "index_plan_file" in merged:
+        pattern = read_plan_file(Path(merged["index_plan_file"]))
+    # 0 means 1, as in ATOM.
+    freq = merged.get("index_topk_freq", 1) or 1
+    offset = merged.get("index_skip_topk_offset", 0)
+    if freq < 0:
+        raise ConfigError(f"index_topk_freq must be >= 1, got {freq}")
+    asking = [key for key in ("index_topk_freq", "index_topk_pattern", "index_plan_file") if key in merged]
+    shares = freq > 1 or (pattern is not None and "S" in pattern)
+    if merged.get("use_index_cache") is False:
+        if shares and any(origin[key] == origin["use_index_cache"] for key in asking):
+            source = layers[origin["use_index_cache"]][0]
+            raise ConfigError(
+                f"{source} says use_index_cache=false and also {', '.join(f'{k}={merged[k]!r}' for k in asking)}: "
+                "set use_index_cache=true to share selections, or remove the others"
+            )
+        return IndexKnobs()
+    return IndexKnobs(freq=freq, offset=offset, pattern=pattern)
+
+
+def _check_type(source: str, key: str, value: Any) -> None:
+    if key not in KNOBS:
+        raise ConfigError(f"{source}: unknown index cache knob {key!r}; known: {', '.join(KNOBS)}")
+    expected: type = {"use_index_cache": bool, "index_topk_freq": int, "index_skip_topk_offset": int}.get(key, str)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ConfigError(f"{source}: {key} must be of type {expected.__name__}, got {value!r}")
+
+
+def read_plan_file(path: Path) -> str:
+    """The F/S pattern of a plan file: JSON {"format": "m3serve-index-plan", "version": 1, "pattern": "FSSS..."}."""
+    try:
+        if path.stat().st_size > PLAN_FILE_MAX_BYTES:
+            raise ConfigError(f"index_plan_file {path} is larger than {PLAN_FILE_MAX_BYTES} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"index_plan_file {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != PLAN_FILE_FORMAT or content.get("version") != 1:
+        raise ConfigError(f'index_plan_file {path} must be JSON with "format": "{PLAN_FILE_FORMAT}", "version": 1')
+    if not isinstance(pattern := content.get("pattern"), str):
+        raise ConfigError(f'index_plan_file {path} needs "pattern": a string of F and S, got {pattern!r}')
+    return pattern

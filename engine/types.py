@@ -1,0 +1,331 @@
+"""What crosses the seams of the engine: requests and events outside, step plans and results inside.
+
+Plain dataclasses, so that `engine` runs without any transport library; the sockets encode them with msgspec.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from engine.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63 - 1
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every request ends with exactly one of them."""
+
+    STOP = "stop"  # end-of-sequence token, stop token id or stop string
+    LENGTH = "length"  # max_tokens or max_model_len
+    ABORT = "abort"  # the caller went away or asked for it
+    ERROR = "error"  # the engine could not go on with this request; the event carries the reason
+
+
+def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number, got {value!r}", param=name, code="invalid_type")
+    if value < low or value > high or (low_open and value == low):
+        left = "(" if low_open else "["
+        raise RequestError(f"{name} must be in {left}{low:g}, {high:g}], got {value!r}", param=name)
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, got {value!r}", param=name, code="invalid_type")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be in [{low}, {high}], got {value}", param=name)
+
+
+def _sequence(name: str, value: Any, limit: int) -> None:
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{name} must be a list, got {type(value).__name__}", param=name, code="invalid_type")
+    if len(value) > limit:
+        raise RequestError(f"{name} has {len(value)} entries, at most {limit} are allowed", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request picks its tokens. Checked on construction; raises RequestError naming the field.
+
+    The noise of a sampled token is a function of (seed, position) alone: the same seed gives the same tokens in
+    any batch, on any replica, before and after preemption or failover.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None  # None: drawn when the request is accepted
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None  # per generated token: the chosen one plus this many best
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}", param="min_tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise RequestError(f"{name} must be true or false, got {value!r}", param=name, code="invalid_type")
+        self._check_stop()
+        self._check_logit_bias()
+
+    def _check_stop(self) -> None:
+        if self.stop is not None and not isinstance(self.stop, str):
+            _sequence("stop", self.stop, MAX_STOP_STRINGS)
+        for text in self.stop_strings:
+            if not isinstance(text, str):
+                raise RequestError(f"stop must hold strings, got {text!r}", param="stop", code="invalid_type")
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise RequestError(
+                    f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(text)}", param="stop"
+                )
+        if self.stop_token_ids is not None:
+            _sequence("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+            for token in self.stop_token_ids:
+                _integer("stop_token_ids", token, 0, 2**31 - 1)
+
+    def _check_logit_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, dict):
+            raise RequestError("logit_bias must map token ids to numbers", param="logit_bias", code="invalid_type")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS} are allowed",
+                param="logit_bias",
+            )
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias", token, 0, 2**31 - 1)
+            _number("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, whatever form they were given in."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the token counts of the request change its logits."""
+        return (
+            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """One sequence to generate.
+
+    prompt_token_ids: never empty.  output_token_ids: tokens already delivered by a replica that died; they are
+    recomputed, not sent again.  sampling.seed must be set by the caller (see `with_seed`): a resubmission has
+    to draw the same noise.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output_token_ids: list[int] = field(default_factory=list)
+
+
+# One position's log-probabilities: the actual token first, then the best ones by rank. Natural logarithm of the
+# softmax of the raw logits, before temperature, penalties and bias.
+Logprobs = dict[int, float]
+
+
+@dataclass(slots=True)
+class RequestEvent:
+    """What one engine step did for one request.
+
+    index: how many tokens of this request earlier events (of any replica) delivered: a gap shows a lost message.
+    token_ids: new tokens of this step.  logprobs: aligned with token_ids when asked for.
+    prompt_logprobs: once, with the first token: [prompt_len], None first.
+    finish_reason: set on the last event, which may carry no token.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    num_cached_tokens: int = 0
+    stop_token_id: int | None = None  # the token that ended it, when finish_reason is STOP
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """A finished request of `LLM.generate`."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[Logprobs] | None
+    prompt_logprobs: list[Logprobs | None] | None
+    num_cached_tokens: int
+    prompt_token_ids: list[int]
+
+
+# --- inside the engine: one StepPlan per step to every rank, one StepResult back from rank 0 -------------------
+
+
+@dataclass(slots=True)
+class NewRequest:
+    """A request that enters (or re-enters, after preemption) a worker's state.
+
+    slot: row of the worker's persistent state, [0, max_num_seqs).
+    token_ids: everything known so far, prompt then output.  prompt_len: where the output starts.
+    """
+
+    slot: int
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+
+
+@dataclass(slots=True)
+class StepRow:
+    """What one request runs in this step.
+
+    The worker keeps the request's tokens and block table: only what is new travels. Positions
+    [num_computed_tokens, num_computed_tokens + num_scheduled_tokens) are computed; `sample` says that the last of
+    them is the last known token, so that the step yields a new one (which the worker appends to its own state).
+    """
+
+    slot: int
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+    new_page_ids: list[int]
+    sample: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: the same for every rank of the group.
+
+    rows: decode rows (one token each) first, then prefill rows.  released: slots whose state is dropped before
+    `new` is added.  probe: time indexer and attention per layer.  audit: select afresh, in shadow, in S layers.
+    """
+
+    step_id: int
+    rows: list[StepRow]
+    num_decode_rows: int
+    new: list[NewRequest] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    probe: bool = False
+    audit: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_scheduled_tokens for row in self.rows)
+
+
+@dataclass(slots=True)
+class LayerSeconds:
+    """Time of one operation on a probed step. op: "indexer" or "sparse_attention"; phase: "prefill" or "decode"."""
+
+    op: str
+    layer_id: int
+    phase: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class LayerOverlap:
+    """Audit of one reuse layer on one step.
+
+    overlap_sum: sum over (token, index head) of |fresh ∩ reused| / |fresh|, taken only where there was a choice
+    (more candidate blocks than topk).  count: how many such (token, head) pairs.
+    """
+
+    layer_id: int
+    overlap_sum: float
+    count: int
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What rank 0 answers.
+
+    sampled: one entry per plan row, -1 where the row did not sample, -2 where its logits were not finite.
+    logprobs: row index -> the sampled token's.  prompt_logprobs: row index -> one entry per scheduled prompt
+    position that predicts a known prompt token.
+    computed, reused: per layer, how many selections were made / read since the last result.
+    """
+
+    step_id: int
+    sampled: list[int]
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    seconds: list[LayerSeconds] = field(default_factory=list)
+    overlaps: list[LayerOverlap] = field(default_factory=list)
+    computed: dict[int, int] = field(default_factory=dict)
+    reused: dict[int, int] = field(default_factory=dict)
+    forward_s: float = 0.0
+    python_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What start-up resolved: values that the configuration left open.
+
+    plan: one letter per layer.  page_bytes: of one page over all layers on one rank.
+    eos_token_ids: from generation_config.json / config.json.
+    namespace: what cached pages are valid for; part of every prefix hash.
+    """
+
+    model_name: str
+    plan: str
+    backend: str
+    dtype: str
+    num_pages: int
+    page_size: int
+    page_bytes: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    namespace: str
+    weight_bytes: int
+    tensor_parallel_size: int
+    ledger: dict[str, int]
