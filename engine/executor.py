@@ -1,0 +1,49 @@
+"""Who runs a step: the protocol, and the executor that runs one rank in this process.
+
+`RayExecutor` (engine/ray_executor.py) runs a group of worker actors behind the same protocol.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from engine.config import EngineConfig
+from engine.runner import ModelRunner
+from engine.types import EngineInfo, StepPlan, StepResult
+
+
+class Executor(Protocol):
+    """Runs StepPlans in order. Raises EngineDead when the group cannot go on; nothing can be submitted after that."""
+
+    info: EngineInfo
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step; returns before it is done where the backend allows it."""
+
+    def collect(self) -> StepResult:
+        """The result of the oldest submitted step; waits for it."""
+
+    def close(self) -> None:
+        """Free everything: pages, weights, processes. Safe to call twice."""
+
+
+class InlineExecutor:
+    """One rank, in this process, without Ray."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._runner: ModelRunner | None = ModelRunner(config, rank=0, world_size=1)
+        proposal = self._runner.load()
+        self.info = self._runner.allocate(proposal.num_pages)
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        assert self._runner is not None, "the executor is closed"
+        self._results.append(self._runner.execute(plan))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+    def close(self) -> None:
+        self._runner = None
+        self._results.clear()
