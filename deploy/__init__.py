@@ -1,0 +1,1 @@
+"""What runs m3serve somewhere: the demo checkpoint, container and dashboards."""

@@ -1,0 +1,1 @@
+"""The small checkpoint that `m3serve serve` takes when no model is named."""
