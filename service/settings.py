@@ -1,0 +1,114 @@
+"""Every setting of the service, read once: constructor arguments (Serve YAML `args`, the CLI), then M3SERVE_* variables.
+
+Below this module nothing reads the environment: it takes ServiceSettings or the EngineConfig made from it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import MISSING, fields
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from engine.config import EngineConfig
+
+_ENGINE_FIELDS = {f.name: f for f in fields(EngineConfig)}
+
+
+def _engine(name: str) -> Any:
+    """The field `name` of EngineConfig: its default and help text exist once, there."""
+    source = _ENGINE_FIELDS[name]
+    description = source.metadata["help"]
+    if source.default_factory is not MISSING:
+        return Field(default_factory=source.default_factory, description=description)
+    if source.default is MISSING:
+        return Field(description=description)
+    return Field(default=source.default, description=description)
+
+
+class ServiceSettings(BaseSettings):
+    """The engine's settings (flat, under their own names) and those of the service around it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="M3SERVE_", extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    model: str = _engine("model")
+    backend: str = _engine("backend")
+    dtype: str = _engine("dtype")
+    tensor_parallel_size: int = _engine("tensor_parallel_size")
+    max_model_len: int | None = _engine("max_model_len")
+    max_num_seqs: int = _engine("max_num_seqs")
+    max_num_batched_tokens: int = _engine("max_num_batched_tokens")
+    num_pages: int | None = _engine("num_pages")
+    memory_fraction: float = _engine("memory_fraction")
+    enable_prefix_caching: bool = _engine("enable_prefix_caching")
+    load_format: str = _engine("load_format")
+    hf_overrides: dict[str, Any] = _engine("hf_overrides")
+    use_index_cache: bool | None = _engine("use_index_cache")
+    index_topk_freq: int | None = _engine("index_topk_freq")
+    index_topk_pattern: str | None = _engine("index_topk_pattern")
+    index_skip_topk_offset: int | None = _engine("index_skip_topk_offset")
+    index_plan_file: str | None = _engine("index_plan_file")
+    index_reuse: str = _engine("index_reuse")
+    audit_interval: int = _engine("audit_interval")
+    probe_interval: int = _engine("probe_interval")
+    seed: int = _engine("seed")
+    num_threads: int | None = _engine("num_threads")
+
+    served_model_name: str | None = Field(
+        default=None, description="model name in the API; default: the last part of the model directory"
+    )
+    host: str = Field(default="127.0.0.1", description="address of the HTTP server (CLI; Serve YAML has its own)")
+    port: int = Field(default=8000, ge=0, le=65535, description="port of the HTTP server; 0: any free one (CLI)")
+    replicas: int = Field(default=1, ge=1, description="engine replicas, each with its own worker group")
+    ingress_replicas: int = Field(default=1, ge=1, description="HTTP front processes")
+    gpus_per_rank: int | None = Field(
+        default=None, ge=0, le=1, description="GPUs of one worker; default: 1 if the backend and cluster have them"
+    )
+    metrics_port: int = Field(
+        default=9400, ge=0, le=65535, description="port of the Prometheus exporter; 0: any free one (CLI)"
+    )
+    metrics_dir: str | None = Field(
+        default=None, description="directory where the processes of a node share their series; default: no metrics"
+    )
+    max_queued_requests: int = Field(
+        default=256, ge=0, description="requests that one replica lets wait beyond max_num_seqs; more get a 429"
+    )
+    retry_limit: int = Field(default=3, ge=0, description="how often a request moves to another replica")
+    failover_timeout_s: float = Field(
+        default=600.0, gt=0, description="how long a request in flight waits for a replica to come back"
+    )
+    submit_timeout_s: float = Field(
+        default=10.0, gt=0, description="how long a new request waits for a replica to accept it"
+    )
+    max_undelivered_tokens: int = Field(
+        default=65536, ge=1, description="tokens kept for a client that reads slowly; more end its request"
+    )
+    step_timeout_s: float = Field(
+        default=60.0, gt=0, description="an engine step that takes longer means that its worker group is lost"
+    )
+    start_timeout_s: float = Field(default=1800.0, gt=0, description="limit for starting and loading a worker group")
+    health_check_period_s: float = Field(default=2.0, gt=0, description="how often Serve asks for a replica's health")
+    health_check_timeout_s: float = Field(default=60.0, gt=0, description="limit for the answer to that")
+    graceful_shutdown_timeout_s: float = Field(
+        default=600.0, gt=0, description="how long a replica that stops may finish its requests"
+    )
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="largest HTTP request body")
+    max_prompts: int = Field(default=256, ge=1, description="prompts times n of one HTTP request")
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's share of the settings, checked. Raises ConfigError."""
+        return EngineConfig(**{name: getattr(self, name) for name in _ENGINE_FIELDS})
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        return self.served_model_name or os.path.basename(os.path.normpath(self.model))
+
+    @property
+    def max_live_requests(self) -> int:
+        """Requests that one replica holds at the same time, running and waiting."""
+        return self.max_num_seqs + self.max_queued_requests
