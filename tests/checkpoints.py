@@ -14,5 +14,6 @@ def make_checkpoint(
 ) -> Path:
     """Write a checkpoint to the directory `path` and return it. sizes: the fields of `Sizes`."""
     chosen = Sizes(**sizes)
-    write_checkpoint(path, chosen, train_tokenizer(chosen.vocab_size), seed=seed, layout=layout, shards=shards)
+    tokenizer = train_tokenizer(chosen.vocab_size)
+    write_checkpoint(path, chosen, tokenizer, seed=seed, layout=layout, shards=shards)
     return path

@@ -41,13 +41,14 @@ DEMO_SIZES = Sizes(
 )
 _MODEL_CARD = """# m3serve demo checkpoint: UNTRAINED
 
-Random weights (seed {seed}) in the architecture and the on-disk layout of MiniMax-M3: text that it generates is
-meaningless. It exists so that m3serve can be tried, tested and measured without a GPU and without a download.
+Random weights (seed {seed}) in the architecture and the on-disk layout of MiniMax-M3: the text that it generates
+is meaningless. It exists so that m3serve can be tried, tested and measured without a GPU or a download.
 
 - {layers} layers: the first 3 with full attention and a dense feed-forward network, the others with block-sparse
-  attention ({topk_blocks} key blocks of 128 tokens) and {experts} experts, {experts_per_token} per token, plus a shared one.
-- hidden size {hidden_size}, {heads} query heads and {kv_heads} key/value heads of {head_dim}, vocabulary {vocab_size}, at most
-  {max_positions} positions.
+  attention ({topk_blocks} key blocks of 128 tokens), a shared expert and {experts} routed ones, {experts_per_token}
+  per token.
+- Hidden size {hidden_size}; {heads} query heads and {kv_heads} key/value heads of {head_dim}.
+- Vocabulary {vocab_size}; at most {max_positions} positions.
 - Byte-level BPE tokenizer, trained on the sources of the Python standard library ({python}); another Python
   version gives other merges.
 - The vision tower is a stub of random weights; m3serve does not load it.
@@ -65,16 +66,16 @@ def default_path() -> Path:
 def ensure_demo_checkpoint(path: Path | None = None) -> Path:
     """The directory of the demo checkpoint, built first when it is missing.
 
-    A directory that exists is complete: it is built under another name and renamed. Raises FileExistsError when
-    `path` is something else.
+    A directory that exists is complete: it is built under another name, then renamed. Raises FileExistsError
+    when `path` is something else.
     """
     target = default_path() if path is None else path
     if _is_complete(target):
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not a demo checkpoint: remove it or name another directory")
+        raise FileExistsError(f"{target} is not a demo checkpoint: remove it or name another directory")
     started = time.monotonic()
-    print(f"m3serve: making the demo checkpoint (random weights) in {target} ...", file=sys.stderr, flush=True)
+    _say(f"making the demo checkpoint (random weights) in {target} ...")
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -89,8 +90,12 @@ def ensure_demo_checkpoint(path: Path | None = None) -> Path:
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"m3serve: demo checkpoint ready after {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+    _say(f"demo checkpoint ready after {time.monotonic() - started:.1f} s")
     return target
+
+
+def _say(text: str) -> None:
+    print(f"m3serve: {text}", file=sys.stderr, flush=True)
 
 
 def _is_complete(path: Path) -> bool:
@@ -109,7 +114,7 @@ def _build(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deploy.demo.make_checkpoint", description=__doc__)
-    parser.add_argument("--out", type=Path, default=None, help=f"directory to make (default: {default_path()})")
+    parser.add_argument("--out", type=Path, help=f"directory to make (default: {default_path()})")
     print(ensure_demo_checkpoint(parser.parse_args().out))
 
 

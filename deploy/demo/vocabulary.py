@@ -19,7 +19,7 @@ END_OF_TURN = "[e~["
 IMAGE = "]<]image[>["
 VIDEO = "]<]video[>["
 SPECIAL_TOKENS = (BEGIN_OF_DOCUMENT, TURN_START, END_OF_TURN, IMAGE, VIDEO)
-# Added, but not special: they have to survive decoding, since tool calls and reasoning are parsed from the text.
+# Added, but not special: they survive decoding, since tool calls and reasoning are parsed from the text.
 MARKER_TOKENS = ("]<]minimax[>[", "<mm:think>", "</mm:think>")
 NUM_ADDED_TOKENS = len(SPECIAL_TOKENS) + len(MARKER_TOKENS)
 NUM_BYTES = 256
@@ -27,13 +27,12 @@ NUM_BYTES = 256
 # Words with the space before them, runs of at most three digits, runs of symbols, white space (after GPT-2).
 _SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Long, plain modules that every CPython ships.
-DEMO_MODULES = tuple(
-    """argparse ast asyncio.base_events bdb calendar cmd codecs collections configparser csv datetime decimal difflib
-    dis doctest email.message enum fractions ftplib functools gettext gzip heapq html.parser http.client
-    http.server imaplib inspect ipaddress locale logging logging.handlers mailbox multiprocessing.managers optparse os
-    pathlib pdb pickle pickletools platform posixpath pprint pydoc queue random shutil smtplib socket socketserver ssl
-    statistics string subprocess tarfile tempfile textwrap threading timeit trace traceback turtle typing
-    unittest.case unittest.mock urllib.request uuid warnings weakref xml.dom.minidom zipfile""".split()
+DEMO_MODULES = (
+    *("argparse", "ast", "calendar", "cmd", "configparser", "csv", "datetime", "decimal", "difflib", "doctest"),
+    *("email.message", "enum", "functools", "gettext", "html.parser", "http.client", "inspect", "ipaddress"),
+    *("locale", "logging", "mailbox", "optparse", "os", "pathlib", "pdb", "pickle", "random", "shutil", "smtplib"),
+    *("socket", "ssl", "statistics", "subprocess", "tarfile", "textwrap", "threading", "turtle", "typing"),
+    *("unittest.case", "unittest.mock", "urllib.request", "uuid", "xml.dom.minidom", "zipfile"),
 )
 SMALL_MODULES = ("textwrap", "heapq", "shutil", "argparse")
 
@@ -51,8 +50,8 @@ def _sources(modules: Sequence[str]) -> Iterator[str]:
 def train_tokenizer(vocab_size: int, modules: tuple[str, ...] = SMALL_MODULES) -> Tokenizer:
     """A tokenizer with ids below `vocab_size`, the added tokens last.
 
-    Fewer merges than asked for leave the highest ids without a token, as released M3 does; the smallest vocabulary
-    is the 256 bytes and the added tokens.
+    The smallest vocabulary is the 256 bytes and the added tokens.  When the text has fewer merges than asked for,
+    the highest ids have no token, as in the released M3.
     """
     if vocab_size < NUM_BYTES + NUM_ADDED_TOKENS:
         raise ValueError(f"vocab_size must be at least {NUM_BYTES + NUM_ADDED_TOKENS}, got {vocab_size}")
@@ -70,6 +69,8 @@ def train_tokenizer(vocab_size: int, modules: tuple[str, ...] = SMALL_MODULES) -
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sources(modules), trainer)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in MARKER_TOKENS])
+    for special, texts in ((True, SPECIAL_TOKENS), (False, MARKER_TOKENS)):
+        tokens = [AddedToken(text, special=special, normalized=False) for text in texts]
+        add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+        add(tokens)
     return tokenizer

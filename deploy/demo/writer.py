@@ -1,8 +1,8 @@
 """Writes random-weight M3 checkpoints in the layout of released ones, at any size.
 
-The weights are random but not degenerate: linears are scaled by fan-in, norm weights differ from 0 (so that the
-(1 + w) rule matters), the router bias differs from 0, index norms are raised so that blocks are told apart, and the
-output head is scaled for clear gaps between the best tokens.
+The weights are random but not degenerate: linears are scaled by fan-in, norm weights differ from 0 (so that
+the (1 + w) rule matters), the router bias differs from 0, index norms are raised so that blocks are told apart,
+and the output head is scaled for clear gaps between the best tokens.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Sizes:
 def write_checkpoint(
     path: Path, sizes: Sizes, tokenizer: Tokenizer, *, seed: int = 0, layout: Layout = "vl", shards: int = 2
 ) -> None:
-    """Write config, shards with their index, tokenizer and chat template into `path`, which is made if missing."""
+    """Write config, shards and their index, tokenizer and chat template into `path`, made if missing."""
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", hf_config(sizes, tokenizer, layout))
     generation = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 40}
@@ -232,7 +232,9 @@ class _Random:
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return (torch.randn(*shape, generator=self._generator) * std).to(dtype)
 
-    def linear(self, rows: int, columns: int, *, gain: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def linear(
+        self, rows: int, columns: int, *, gain: float = 1.0, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
         return self.normal(rows, columns, std=gain / math.sqrt(columns), dtype=dtype)
 
     def norm(self, size: int, *, mean: float = 0.0) -> Tensor:
