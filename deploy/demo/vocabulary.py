@@ -28,9 +28,9 @@ NUM_BYTES = 256
 _SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Long, plain modules that every CPython ships.
 DEMO_MODULES = (
-    *("argparse", "ast", "calendar", "cmd", "configparser", "csv", "datetime", "decimal", "difflib", "doctest"),
+    *("argparse", "ast", "calendar", "cmd", "configparser", "csv", "datetime", "decimal", "difflib"),
     *("email.message", "enum", "functools", "gettext", "html.parser", "http.client", "inspect", "ipaddress"),
-    *("locale", "logging", "mailbox", "optparse", "os", "pathlib", "pdb", "pickle", "random", "shutil", "smtplib"),
+    *("locale", "logging", "mailbox", "optparse", "os", "pathlib", "pdb", "pickle", "random", "shutil"),
     *("socket", "ssl", "statistics", "subprocess", "tarfile", "textwrap", "threading", "turtle", "typing"),
     *("unittest.case", "unittest.mock", "urllib.request", "uuid", "xml.dom.minidom", "zipfile"),
 )
@@ -50,8 +50,8 @@ def _sources(modules: Sequence[str]) -> Iterator[str]:
 def train_tokenizer(vocab_size: int, modules: tuple[str, ...] = SMALL_MODULES) -> Tokenizer:
     """A tokenizer with ids below `vocab_size`, the added tokens last.
 
-    The smallest vocabulary is the 256 bytes and the added tokens.  When the text has fewer merges than asked for,
-    the highest ids have no token, as in the released M3.
+    The smallest vocabulary is the 256 bytes and the added tokens.  When the text has fewer merges than asked
+    for, the highest ids have no token, as in the released M3.
     """
     if vocab_size < NUM_BYTES + NUM_ADDED_TOKENS:
         raise ValueError(f"vocab_size must be at least {NUM_BYTES + NUM_ADDED_TOKENS}, got {vocab_size}")

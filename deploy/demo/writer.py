@@ -1,8 +1,8 @@
 """Writes random-weight M3 checkpoints in the layout of released ones, at any size.
 
 The weights are random but not degenerate: linears are scaled by fan-in, norm weights differ from 0 (so that
-the (1 + w) rule matters), the router bias differs from 0, index norms are raised so that blocks are told apart,
-and the output head is scaled for clear gaps between the best tokens.
+the (1 + w) rule matters), the router bias differs from 0, index norms are raised so that blocks are told
+apart, and the output head is scaled for clear gaps between the best tokens.
 """
 
 from __future__ import annotations
