@@ -1,0 +1,403 @@
+"""Picks the next token of each row: penalties, truncation, and noise that depends on (seed, position, token) alone.
+
+Order: logit_bias, min_tokens mask, penalties, temperature, min_p, top_k, top_p, Gumbel-max. Nothing in a row's
+result depends on the other rows: noise is an exact integer hash, ranks have no ties, and the mass of top_p is
+summed in integers, whose sum does not depend on the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.types import Logprobs, NewRequest, SamplingParams
+
+NOT_FINITE = -2  # in place of a token: the row's logits hold a NaN or an infinity
+SMALL_TOP_K = 1024  # up to here, the best tokens are found without sorting the vocabulary
+MIN_TEMPERATURE = 1e-30  # below, float32 division would give 0/0
+CHUNK_ELEMENTS = 2**24  # of [rows, vocab] at a time, to bound the memory of the 64-bit temporaries
+WEIGHT_BITS = 44  # fixed point of a weight in [0, 1]: 2^18 tokens of weight 1 still fit in 63 bits
+TOP_P_OFF = 2.0  # no prefix of the ranking reaches twice the total
+
+_MASK64 = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    value &= _MASK64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) of a 64-bit value."""
+    value &= _MASK64
+    value = ((value ^ (value >> 30)) * _MIX1) & _MASK64
+    value = ((value ^ (value >> 27)) * _MIX2) & _MASK64
+    return value ^ (value >> 31)
+
+
+def noise_key(seed: int, position: int) -> int:
+    """What the noise of all tokens of one (seed, position) starts from; int64."""
+    return _signed(_mix(_mix(seed) + (position + 1) * _GOLDEN))
+
+
+def _xor_shift(z: Tensor, bits: int) -> Tensor:
+    """z ^ (z >>> bits), in place. `>>` on int64 copies the sign, so its copies are masked off."""
+    return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+
+
+def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32 [num_rows, n].
+
+    keys: int64 [num_rows, 1] of `noise_key`.  token_ids: int64 [n] or [num_rows, n].
+    The hash is exact wrapping 64-bit arithmetic, the same on every device; its upper 32 bits k give
+    u = (k + 0.5) / 2^32. The token that wins has u near 0, where float32 is dense and log1p exact.
+    """
+    z = keys + (token_ids + 1) * _signed(_GOLDEN)
+    z = _xor_shift(z, 30).mul_(_signed(_MIX1))
+    z = _xor_shift(z, 27).mul_(_signed(_MIX2))
+    z = _xor_shift(z, 31)
+    k = (z >> 32).bitwise_and_(2**32 - 1)
+    u = k.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def _rank(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest of each row, descending, equal values by lower index: (values, int64 indices)."""
+    vocab = x.shape[1]
+    # Order-preserving integers: flip the magnitude bits of negatives. Adding 0.0 makes -0.0 and 0.0 equal.
+    bits = (x + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    keys = (ordered << 32) + (vocab - 1 - torch.arange(vocab, device=x.device))
+    best = keys.topk(width, dim=1).values if width < vocab else keys.sort(dim=1, descending=True).values
+    indices = vocab - 1 - (best & (2**32 - 1))
+    return x.gather(1, indices), indices
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What sampling needs to know of one request. stop_ids: what min_tokens masks.  pool_row: of its counts."""
+
+    sampling: SamplingParams
+    prompt_len: int
+    stop_ids: list[int]
+    pool_row: int | None
+
+
+@dataclass(slots=True)
+class _Draw:
+    """Rows sampled in the same way. rows: int64 [n] into the edited rows; the others [n, 1] or None when all are off.
+
+    width: how many of the best tokens can be kept at most; 0 when nothing truncates, None when only the row knows.
+    """
+
+    rows: Tensor
+    members: list[int]
+    temperature: Tensor
+    log_min_p: Tensor | None
+    top_k: Tensor | None
+    top_p: Tensor | None
+    width: int | None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """How one composition of the batch is sampled; kept while it stays the same.
+
+    plain: rows whose token is the argmax of the untouched logits.  edited: all other rows.  The rest counts rows
+    within `edited`: cells are (rows, token ids) of single logits.
+    """
+
+    plain: Tensor | None
+    edited: Tensor | None
+    bias_cells: tuple[Tensor, Tensor]
+    bias: Tensor | None
+    masked_cells: tuple[Tensor, Tensor] | None
+    penalised: Tensor | None
+    pool_rows: Tensor | None
+    penalties: Tensor | None  # float32 [3, n, 1]: repetition, presence, frequency
+    greedy: Tensor | None
+    draws: list[_Draw]
+
+
+class SamplerState:
+    """The sampling state of a worker's slots; `sample` picks tokens, `append` keeps the token counts up to date.
+
+    Token counts exist only for slots with penalties: int32 [rows, vocab] of the output and bool [rows, vocab] of
+    the prompt, in a pool that grows as needed.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._slots: list[_Slot | None] = [None] * max_num_seqs
+        self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=self.device)
+        self._in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=self.device)
+        self._free_rows: list[int] = []
+        self._all_ids = torch.arange(vocab_size, device=self.device)
+        self._batch_key: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._batch: _Batch | None = None
+
+    def add(self, new: NewRequest, eos_token_ids: Sequence[int]) -> None:
+        """Put a request into its slot; after preemption its outputs come along and are counted again."""
+        assert self._slots[new.slot] is None, f"slot {new.slot} is taken"
+        sampling = new.sampling
+        assert sampling.is_greedy or sampling.seed is not None, "the seed is drawn when the request is accepted"
+        stop_ids = set(sampling.stop_token_ids or ())
+        if not sampling.ignore_eos:
+            stop_ids.update(eos_token_ids)
+        pool_row = self._count(new) if sampling.has_penalties else None
+        # A stop id past the vocabulary can never be sampled.
+        known = sorted(token for token in stop_ids if token < self.vocab_size)
+        self._slots[new.slot] = _Slot(sampling, new.prompt_len, known, pool_row)
+        self._batch_key = None
+
+    def remove(self, slot: int) -> None:
+        """Free a slot."""
+        if (pool_row := self._at(slot).pool_row) is not None:
+            self._free_rows.append(pool_row)
+        self._slots[slot] = None
+        self._batch_key = None
+
+    def append(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """Count what `sample` returned, int64 [len(slots)]; negative tokens are not counted."""
+        counted = [(i, row) for i, slot in enumerate(slots) if (row := self._at(slot).pool_row) is not None]
+        if not counted:
+            return
+        picked = tokens.to(self.device).index_select(0, self._index([i for i, _ in counted]))
+        cells = (self._index([row for _, row in counted]), picked.clamp(min=0))
+        self._counts.index_put_(cells, (picked >= 0).to(torch.int32), accumulate=True)
+
+    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """The next token of each row, int64 [num_rows]; NOT_FINITE where the row's logits are not.
+
+        logits: float32 [num_rows, vocab], left as they are.  slots: of each row.
+        positions: absolute index of the token being sampled.
+        """
+        low, high = torch.aminmax(logits, dim=1)
+        finite = low.isfinite() & high.isfinite()
+        batch = self._prepare(slots, positions)
+        if batch.edited is None:
+            tokens = logits.argmax(1)
+        else:
+            tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
+            if batch.plain is not None:
+                tokens.index_copy_(0, batch.plain, logits.index_select(0, batch.plain).argmax(1))
+            tokens.index_copy_(0, batch.edited, self._sample_edited(logits, slots, positions, batch))
+        return torch.where(finite, tokens, NOT_FINITE)
+
+    def _sample_edited(
+        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], batch: _Batch
+    ) -> Tensor:
+        assert batch.edited is not None
+        work = logits.index_select(0, batch.edited)
+        if batch.bias is not None:
+            work.index_put_(batch.bias_cells, batch.bias, accumulate=True)
+        if batch.masked_cells is not None:
+            work[batch.masked_cells] = -math.inf
+        if batch.penalised is not None:
+            work.index_copy_(0, batch.penalised, self._penalise(work.index_select(0, batch.penalised), batch))
+        tokens = torch.empty(work.shape[0], dtype=torch.int64, device=self.device)
+        if batch.greedy is not None:
+            tokens.index_copy_(0, batch.greedy, work.index_select(0, batch.greedy).argmax(1))
+        for draw in batch.draws:
+            keys = [noise_key(self._at(slots[i]).sampling.seed or 0, positions[i]) for i in draw.members]
+            picked = self._draw(work, draw, torch.tensor(keys, device=self.device).unsqueeze(1))
+            tokens.index_copy_(0, draw.rows, picked)
+        return tokens
+
+    def _penalise(self, x: Tensor, batch: _Batch) -> Tensor:
+        assert batch.pool_rows is not None and batch.penalties is not None
+        counts = self._counts.index_select(0, batch.pool_rows)
+        in_output = counts > 0
+        seen = self._in_prompt.index_select(0, batch.pool_rows) | in_output
+        repetition, presence, frequency = batch.penalties
+        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+        return x - frequency * counts - presence * in_output
+
+    def _draw(self, work: Tensor, draw: _Draw, keys: Tensor) -> Tensor:
+        step = max(1, CHUNK_ELEMENTS // self.vocab_size)
+        return torch.cat([self._draw_chunk(work, draw, keys, i, i + step) for i in range(0, len(keys), step)])
+
+    def _draw_chunk(self, work: Tensor, draw: _Draw, keys: Tensor, start: int, end: int) -> Tensor:
+        x = work.index_select(0, draw.rows[start:end])
+        # Relative to the best token: exact, and no temperature is too small.
+        x = (x - x.amax(1, keepdim=True)) / draw.temperature[start:end]
+        if draw.log_min_p is not None:
+            x = x.masked_fill(x < draw.log_min_p[start:end], -math.inf)
+        if draw.width == 0:
+            return (x + gumbel_noise(keys[start:end], self._all_ids)).argmax(1)
+        top_k = None if draw.top_k is None else draw.top_k[start:end]
+        top_p = None if draw.top_p is None else draw.top_p[start:end]
+        best, token_ids = _keep(x, draw.width, top_k, top_p)
+        choice = (best + gumbel_noise(keys[start:end], token_ids)).argmax(1, keepdim=True)
+        return token_ids.gather(1, choice).squeeze(1)
+
+    def _at(self, slot: int) -> _Slot:
+        state = self._slots[slot]
+        assert state is not None, f"slot {slot} is empty"
+        return state
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device).unsqueeze(1)
+
+    def _count(self, new: NewRequest) -> int:
+        if not self._free_rows:
+            size, grown = len(self._counts), max(1, 2 * len(self._counts))
+            self._counts = torch.cat([self._counts, self._counts.new_zeros((grown - size, self.vocab_size))])
+            self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros((grown - size, self.vocab_size))])
+            self._free_rows = list(range(size, grown))
+        row = self._free_rows.pop()
+        tokens = self._index(new.token_ids)
+        self._in_prompt[row] = False
+        self._in_prompt[row, tokens[: new.prompt_len]] = True
+        self._counts[row] = torch.bincount(tokens[new.prompt_len :], minlength=self.vocab_size)
+        return row
+
+    def _prepare(self, slots: Sequence[int], positions: Sequence[int]) -> _Batch:
+        states = [self._at(slot) for slot in slots]
+        masked = tuple(
+            i
+            for i, (state, position) in enumerate(zip(states, positions, strict=True))
+            if position - state.prompt_len < state.sampling.min_tokens and state.stop_ids
+        )
+        key = (tuple(slots), masked)
+        if self._batch is None or self._batch_key != key:
+            self._batch, self._batch_key = self._build(states, masked), key
+        return self._batch
+
+    def _build(self, states: list[_Slot], masked: tuple[int, ...]) -> _Batch:
+        edited = [
+            i
+            for i, state in enumerate(states)
+            if not state.sampling.is_greedy
+            or state.pool_row is not None
+            or state.sampling.logit_bias
+            or i in masked
+        ]
+        plain = sorted(set(range(len(states))) - set(edited))
+        rows = [(states[i], i) for i in edited]
+        bias = [
+            (row, token, value)
+            for row, (state, _) in enumerate(rows)
+            for token, value in (state.sampling.logit_bias or {}).items()
+        ]
+        stops = [(row, token) for row, (state, i) in enumerate(rows) if i in masked for token in state.stop_ids]
+        penalised = [(row, state) for row, (state, _) in enumerate(rows) if state.pool_row is not None]
+        greedy = [row for row, (state, _) in enumerate(rows) if state.sampling.is_greedy]
+        sampled = [(row, i, state.sampling) for row, (state, i) in enumerate(rows) if not state.sampling.is_greedy]
+        return _Batch(
+            plain=self._index(plain) if plain else None,
+            edited=self._index(edited) if edited else None,
+            bias_cells=(self._index([cell[0] for cell in bias]), self._index([cell[1] for cell in bias])),
+            bias=self._column([cell[2] for cell in bias]).squeeze(1) if bias else None,
+            masked_cells=(self._index([row for row, _ in stops]), self._index([token for _, token in stops]))
+            if stops
+            else None,
+            penalised=self._index([row for row, _ in penalised]) if penalised else None,
+            pool_rows=self._index([state.pool_row for _, state in penalised if state.pool_row is not None]),
+            penalties=torch.stack(
+                [
+                    self._column([getattr(state.sampling, f"{name}_penalty") for _, state in penalised])
+                    for name in ("repetition", "presence", "frequency")
+                ]
+            ),
+            greedy=self._index(greedy) if greedy else None,
+            draws=self._draws(sampled),
+        )
+
+    def _draws(self, sampled: list[tuple[int, int, SamplingParams]]) -> list[_Draw]:
+        kinds: dict[str, list[tuple[int, int, SamplingParams]]] = {}
+        for member in sampled:
+            params = member[2]
+            kind = "free" if params.top_p == 1.0 else "nucleus"
+            if 0 < params.top_k < self.vocab_size:
+                kind = "small" if params.top_k <= SMALL_TOP_K else "large"
+            kinds.setdefault(kind, []).append(member)
+        draws = []
+        for kind, members in kinds.items():
+            params_of = [params for _, _, params in members]
+            top_k = [params.top_k if params.top_k > 0 else self.vocab_size for params in params_of]
+            width = {"free": 0, "nucleus": None, "large": self.vocab_size, "small": max(top_k)}[kind]
+            min_p = [math.log(params.min_p) if params.min_p else -math.inf for params in params_of]
+            top_p = [params.top_p if params.top_p < 1.0 else TOP_P_OFF for params in params_of]
+            draws.append(
+                _Draw(
+                    rows=self._index([row for row, _, _ in members]),
+                    members=[i for _, i, _ in members],
+                    temperature=self._column([max(params.temperature, MIN_TEMPERATURE) for params in params_of]),
+                    log_min_p=self._column(min_p) if max(min_p) > -math.inf else None,
+                    top_k=self._index(top_k).unsqueeze(1) if kind in ("small", "large") else None,
+                    top_p=self._column(top_p, torch.float64) if min(top_p) < 1.0 else None,
+                    width=width,
+                )
+            )
+        return draws
+
+
+def _weights(x: Tensor) -> Tensor:
+    """exp(x) for x <= 0 in fixed point, int64: sums do not depend on their order."""
+    return x.exp().mul_(2.0**WEIGHT_BITS).to(torch.int64)
+
+
+def _keep(x: Tensor, width: int | None, top_k: Tensor | None, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens that top_k, then top_p leave: (values, token ids), best first, -inf where cut.
+
+    x: float32 [n, vocab], at most 0.  top_p keeps a token while those ranked above it have less than top_p of the
+    mass that top_k left; equal values rank by lower id.
+    """
+    vocab = x.shape[1]
+    num_best = min(SMALL_TOP_K, vocab) if width is None else width
+    best, token_ids = _rank(x, num_best)
+    if top_k is not None:
+        best = best.masked_fill(torch.arange(num_best, device=x.device) >= top_k, -math.inf)
+    if top_p is None:
+        return best, token_ids
+    weights = _weights(best)
+    mass = weights.cumsum(1)
+    total = _weights(x).sum(1, keepdim=True) if width is None else mass[:, -1:]
+    limit = top_p * total
+    if num_best < vocab and width is None and not bool((mass[:, -1:] >= limit).all()):
+        return _keep(x, vocab, top_k, top_p)
+    cut = mass - weights >= limit
+    cut[:, 0] = False  # a top_p that rounds to nothing still leaves the best token
+    return best.masked_fill(cut, -math.inf), token_ids
+
+
+def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int | Sequence[int]) -> list[Logprobs]:
+    """Log-probabilities of each row: its actual token first, then the `num_top` best by rank.
+
+    logits: float32 [num_rows, vocab], untouched by sampling.  token_ids: the actual token of each row; a negative
+    one (the row's logits are not finite) gives an empty entry.  Equal logits rank by lower id.
+    """
+    num_rows, vocab = logits.shape
+    wanted = [num_top] * num_rows if isinstance(num_top, int) else list(num_top)
+    step = max(1, CHUNK_ELEMENTS // vocab)
+    result: list[Logprobs] = []
+    for start in range(0, num_rows, step):
+        actual = list(token_ids[start : start + step])
+        counts = wanted[start : start + step]
+        chunk = logits[start : start + step]
+        norm = chunk.logsumexp(1, keepdim=True)
+        picked = torch.tensor(actual, dtype=torch.int64, device=logits.device).clamp(min=0).unsqueeze(1)
+        own = (chunk.gather(1, picked) - norm).squeeze(1).tolist()
+        width = min(max(counts), vocab)
+        best, best_ids = _rank(chunk, width) if width else (chunk[:, :0], picked[:, :0])
+        rows = zip(actual, own, counts, (best - norm).tolist(), best_ids.tolist(), strict=True)
+        for token, own_value, count, values, ids in rows:
+            if token < 0:
+                result.append({})
+                continue
+            top = dict(zip(ids[:count], values[:count], strict=True))
+            result.append({token: own_value} | top)
+    return result
