@@ -1,0 +1,312 @@
+"""The engine's step loop: requests in, one StepPlan to the executor and its result back, events out.
+
+The life of a request: `add_request` checks it and queues it; a `step` admits it, runs its prompt in chunks,
+samples its tokens one a step, and emits one RequestEvent per token; the last event carries the finish reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from engine.config import PAGE_SIZE, EngineConfig
+from engine.errors import ConfigError, EngineDead, RequestError
+from engine.metrics import EngineStats
+from engine.pages import PagePool
+from engine.scheduler import RequestState, Scheduler, Step
+from engine.types import EngineRequest, FinishReason, Logprobs, RequestEvent, StepResult
+
+if TYPE_CHECKING:  # at run time it would load torch, which the scheduler's process has no use for
+    from engine.executor import Executor
+
+log = logging.getLogger(__name__)
+
+NOT_SAMPLED = -1
+NOT_FINITE = -2
+
+
+class EngineCore:
+    """Runs requests on an executor. One thread makes all calls.
+
+    Text is not its business: it stops at token ids; stop strings are matched by whoever decodes, and end in
+    `abort`.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.info = executor.info
+        pool_tokens = self.info.num_pages * PAGE_SIZE
+        if pool_tokens < self.info.max_model_len:
+            raise ConfigError(
+                f"num_pages is {self.info.num_pages}: {pool_tokens} tokens, fewer than one request may have "
+                f"(max_model_len, {self.info.max_model_len}); raise num_pages or memory_fraction, "
+                "or lower max_model_len"
+            )
+        self.stats = EngineStats()
+        self.pool = PagePool(
+            self.info.num_pages,
+            enable_prefix_caching=config.enable_prefix_caching,
+            namespace=self.info.namespace,
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            self.stats,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._probe_interval = config.probe_interval
+        self._audit_interval = config.audit_interval if config.index_reuse == "audited" else 0
+        self._executor = executor
+        self._eos_token_ids = frozenset(self.info.eos_token_ids)
+        self._requests: dict[str, RequestState] = {}
+        self._in_flight: deque[Step] = deque()
+        self._events: list[RequestEvent] = []  # made between steps; leave with the next one
+        self._dead: str | None = None
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. RequestError when it can never run; EngineDead when nothing can."""
+        self._check_alive()
+        self._check(request)
+        sampling = request.sampling
+        if request.output_token_ids:
+            # They came with the first token, which another replica delivered.
+            sampling = dataclasses.replace(sampling, prompt_logprobs=None)
+        state = RequestState(
+            request_id=request.request_id,
+            token_ids=[*request.prompt_token_ids, *request.output_token_ids],
+            prompt_len=len(request.prompt_token_ids),
+            sampling=sampling,
+            arrival_s=time.monotonic(),
+            prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
+        )
+        finish_reason = self._finish_reason(state) if request.output_token_ids else None
+        if finish_reason is not None:
+            # The replica that died had sent the last token, and the word that it was the last got lost.
+            self._events.append(self._last_event(state, finish_reason))
+            return
+        self._requests[state.request_id] = state
+        self.scheduler.add(state)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now and free its pages; the next step's events say so. Ended ones stay as they
+        are."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return
+        self._end(state)
+        self._events.append(self._last_event(state, FinishReason.ABORT))
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to run or to tell."""
+        return bool(self._requests or self._events)
+
+    def step(self) -> list[RequestEvent]:
+        """Run one step and return what it did.
+
+        EngineDead when the executor is gone, for good: unfinished requests then have no last event, and
+        belong to whoever resubmits them.
+        """
+        self._check_alive()
+        started_s = time.monotonic()
+        try:
+            if self._launch():
+                self._retire(started_s)
+        except EngineDead as error:
+            self._dead = str(error)
+            raise
+        except Exception as error:
+            self._dead = f"the step failed: {error!r}"
+            log.exception("the step failed")
+            raise EngineDead(self._dead) from error
+        self.stats.num_running = len(self.scheduler.running)
+        self.stats.num_waiting = len(self.scheduler.waiting)
+        self.stats.kv_usage = self.pool.num_held / self.pool.num_pages
+        assert self._requests or not self.pool.num_held, f"idle, and {self.pool.num_held} pages are held"
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """Free what the executor holds; nothing can be run after that. Safe to call twice."""
+        self._dead = self._dead or "the engine is closed"
+        self._executor.close()
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+
+    def _launch(self) -> bool:
+        step = self.scheduler.schedule()
+        if step is None:
+            return False
+        plan = step.plan
+        plan.probe = self._probe_interval > 0 and plan.step_id % self._probe_interval == 0
+        plan.audit = self._audit_interval > 0 and plan.step_id % self._audit_interval == 0
+        now_s = time.monotonic()
+        for state in step.requests:
+            if state.admitted_s is None:
+                state.admitted_s = now_s
+                self.stats.observations.queue_s.append(now_s - state.arrival_s)
+        self._executor.submit(plan)
+        self._in_flight.append(step)
+        return True
+
+    def _retire(self, started_s: float) -> None:
+        """Take the result of the oldest step in flight: new tokens, log-probabilities, ends."""
+        result = self._executor.collect()
+        step = self._in_flight.popleft()
+        _check_result(step, result, self.info.vocab_size)
+        for row_index in range(len(step.requests)):
+            self._retire_row(step, row_index, result)
+        self.stats.add_result(result)
+        self.stats.steps += 1
+        seconds = time.monotonic() - started_s
+        self.stats.steps_s += seconds
+        self.stats.observations.step_s.append(seconds)
+        self.stats.observations.step_tokens.append(step.plan.num_tokens)
+        self.stats.observations.batch_size.append(len(step.requests))
+
+    def _retire_row(self, step: Step, row_index: int, result: StepResult) -> None:
+        row, state, token_id = step.plan.rows[row_index], step.requests[row_index], result.sampled[row_index]
+        end = row.num_computed_tokens + row.num_scheduled_tokens
+        self.stats.computed_prompt_tokens += max(0, min(end, state.prompt_len) - row.num_computed_tokens)
+        if token_id == NOT_FINITE:
+            self._end(state, findable=False)
+            event = self._last_event(state, FinishReason.ERROR)
+            event.error = f"the model's logits at position {end - 1} are not finite"
+            log.error("request %s: %s", state.request_id, event.error)
+            self._events.append(event)
+            return
+        self.scheduler.commit(state, end)
+        if state.prompt_logprobs is not None:
+            # After a preemption positions run again; what they said the first time stays.
+            known = len(state.prompt_logprobs) - 1 - row.num_computed_tokens
+            state.prompt_logprobs += result.prompt_logprobs.get(row_index, [])[max(known, 0) :]
+        if row.sample:
+            self._deliver(state, token_id, result.logprobs.get(row_index))
+
+    def _deliver(self, state: RequestState, token_id: int, logprobs: Logprobs | None) -> None:
+        """Append a sampled token, tell it, and end the request when it was the last."""
+        event = self._event(state)
+        state.token_ids.append(token_id)
+        event.token_ids.append(token_id)
+        self.stats.generation_tokens += 1
+        if state.sampling.logprobs is not None:
+            assert logprobs is not None, "no logprobs came back"
+            event.logprobs = [logprobs]
+        if state.prompt_logprobs is not None:
+            assert len(state.prompt_logprobs) == state.prompt_len, "prompt_logprobs came back incomplete"
+            event.prompt_logprobs = state.prompt_logprobs
+            state.prompt_logprobs = None
+            state.sampling = dataclasses.replace(state.sampling, prompt_logprobs=None)
+        if state.first_token_s is None:
+            state.first_token_s = time.monotonic()
+            assert state.admitted_s is not None
+            self.stats.observations.prefill_s.append(state.first_token_s - state.admitted_s)
+        finish_reason = self._finish_reason(state)
+        if finish_reason is not None:
+            self._end(state)
+            self._finish(event, state, finish_reason)
+        self._events.append(event)
+
+    def _finish_reason(self, state: RequestState) -> FinishReason | None:
+        """Whether the newest token is the last. Admission saw to it that max_tokens ends it by
+        max_model_len."""
+        sampling, token_id = state.sampling, state.token_ids[-1]
+        if state.num_output_tokens > sampling.min_tokens and (
+            (token_id in self._eos_token_ids and not sampling.ignore_eos)
+            or token_id in (sampling.stop_token_ids or ())
+        ):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if state.num_output_tokens >= sampling.max_tokens else None
+
+    def _end(self, state: RequestState, *, findable: bool = True) -> None:
+        self.scheduler.remove(state, findable=findable)
+        del self._requests[state.request_id]
+
+    def _event(self, state: RequestState) -> RequestEvent:
+        return RequestEvent(
+            request_id=state.request_id,
+            index=state.num_output_tokens,
+            token_ids=[],
+            num_cached_tokens=state.num_cached_tokens or 0,
+        )
+
+    def _last_event(self, state: RequestState, finish_reason: FinishReason) -> RequestEvent:
+        """An event that ends a request without a token."""
+        event = self._event(state)
+        self._finish(event, state, finish_reason)
+        return event
+
+    def _finish(self, event: RequestEvent, state: RequestState, finish_reason: FinishReason) -> None:
+        event.finish_reason = finish_reason
+        if finish_reason is FinishReason.STOP:
+            event.stop_token_id = state.token_ids[-1]
+        self.stats.finished[finish_reason] += 1
+        observations = self.stats.observations
+        observations.prompt_tokens.append(state.prompt_len)
+        observations.generation_tokens.append(state.num_output_tokens)
+        if state.first_token_s is not None:
+            observations.decode_s.append(time.monotonic() - state.first_token_s)
+
+    def _check(self, request: EngineRequest) -> None:
+        """RequestError when the request can never run."""
+        sampling, prompt_len = request.sampling, len(request.prompt_token_ids)
+        limit_tokens, vocab_size = self.info.max_model_len, self.info.vocab_size
+        request_id = request.request_id
+        if request_id in self._requests or any(event.request_id == request_id for event in self._events):
+            raise RequestError(
+                f"request_id {request_id!r} is in use", param="request_id", code="duplicate_request_id"
+            )
+        if not prompt_len:
+            raise RequestError("prompt must have at least 1 token, got 0", param="prompt")
+        if prompt_len >= limit_tokens:
+            raise RequestError(
+                f"prompt has {prompt_len} tokens, and with one to generate more than max_model_len "
+                f"({limit_tokens} tokens)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if prompt_len + sampling.max_tokens > limit_tokens:
+            raise RequestError(
+                f"prompt has {prompt_len} tokens, max_tokens is {sampling.max_tokens}: together "
+                f"{prompt_len + sampling.max_tokens}, more than max_model_len ({limit_tokens} tokens)",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if len(request.output_token_ids) > sampling.max_tokens:
+            raise RequestError(
+                f"output_token_ids has {len(request.output_token_ids)} tokens, more than max_tokens "
+                f"({sampling.max_tokens})",
+                param="output_token_ids",
+            )
+        if sampling.seed is None:
+            raise RequestError("seed must be set before a request reaches the engine", param="seed")
+        for name, token_ids in (
+            ("prompt", request.prompt_token_ids),
+            ("output_token_ids", request.output_token_ids),
+            ("stop_token_ids", sampling.stop_token_ids or ()),
+            ("logit_bias", sampling.logit_bias or ()),
+        ):
+            for token_id in token_ids:
+                if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                    raise RequestError(
+                        f"{name} must hold token ids in [0, {vocab_size}), got {token_id!r}", param=name
+                    )
+
+
+def _check_result(step: Step, result: StepResult, vocab_size: int) -> None:
+    """EngineDead when a result does not answer the plan: the ranks and this process disagree on what runs."""
+    plan = step.plan
+    if result.step_id != plan.step_id or len(result.sampled) != len(plan.rows):
+        raise EngineDead(
+            f"expected the result of step {plan.step_id} with {len(plan.rows)} rows, "
+            f"got step {result.step_id} with {len(result.sampled)} rows"
+        )
+    for row, token_id in zip(plan.rows, result.sampled, strict=True):
+        expected = token_id == NOT_FINITE or (
+            0 <= token_id < vocab_size if row.sample else token_id == NOT_SAMPLED
+        )
+        if not expected:
+            raise EngineDead(f"step {plan.step_id} answers {row} with token {token_id}")

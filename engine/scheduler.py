@@ -1,0 +1,270 @@
+"""Continuous batching: which tokens of which requests run in the next step, and on which pages.
+
+There is no prefill or decode phase: every request has known tokens and computed tokens, and each step lets
+the second catch up with the first as far as the token budget goes (the idea of vLLM's v1 scheduler).
+Decisions depend on the order of calls alone: no clock, no hashing order.
+
+Order: `running` then `waiting` is always the order of arrival. The oldest request can take every page of the
+younger ones and alone fits the pool, so each step moves it, and all work ends.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from engine.config import PAGE_SIZE
+from engine.metrics import EngineStats
+from engine.pages import PagePool, hash_page, pages_for
+from engine.types import Logprobs, NewRequest, SamplingParams, StepPlan, StepRow
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """One unfinished request.
+
+    token_ids: everything known, prompt then output.  slot, page_ids: only while it runs.
+    num_computed_tokens: as of the last planned step.  num_registered_pages: its first pages that are done
+    with the prefix cache.  page_hashes: of its full pages, made when needed; valid in pool epoch `epoch`.
+    num_cached_tokens: of its prompt, at first admission; None before.  prompt_logprobs: gathered so far, None
+    first; None when nobody waits for them.  *_s: time.monotonic(), for the statistics only.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    arrival_s: float = 0.0
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    slot: int = -1
+    num_computed_tokens: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    num_registered_pages: int = 0
+    page_hashes: list[bytes] = field(default_factory=list)
+    epoch: int = 0
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def max_tokens_total(self) -> int:
+        """The most tokens that it can ever know."""
+        return self.prompt_len + self.sampling.max_tokens
+
+
+@dataclass(slots=True)
+class Step:
+    """A plan on its way, with the request behind each of its rows."""
+
+    plan: StepPlan
+    requests: list[RequestState]
+
+
+class Scheduler:
+    """Owns the queues, the slots and the pages.
+
+    `schedule` plans a step, which the caller runs; then, for each of its rows, the caller appends the sampled
+    token and calls `commit`, or `remove` when the request has ended.
+    """
+
+    def __init__(
+        self, pool: PagePool, stats: EngineStats, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.pool = pool
+        self.stats = stats
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: list[RequestState] = []
+        self.waiting: deque[RequestState] = deque()
+        self._free_slots = list(range(max_num_seqs))
+        self._released: list[int] = []
+        self._last_step_id = 0
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def __iter__(self) -> Iterator[RequestState]:
+        """Every unfinished request in order of arrival."""
+        yield from self.running
+        yield from self.waiting
+
+    def add(self, request: RequestState) -> None:
+        """Put a request at the end of the queue; the caller has checked that it fits the pool when alone."""
+        self.waiting.append(request)
+
+    def remove(self, request: RequestState, *, findable: bool = True) -> None:
+        """Take a request out, wherever it is; its pages are free at once. findable=False: see
+        PagePool.free."""
+        if request.slot < 0:
+            self.waiting.remove(request)
+            return
+        self.running.remove(request)
+        self._release(request, findable=findable)
+
+    def commit(self, request: RequestState, num_computed_tokens: int) -> None:
+        """Make the full pages of the first `num_computed_tokens` tokens findable: their step was
+        collected."""
+        if not self.pool.enable_prefix_caching or request.epoch != self.pool.epoch:
+            return
+        num_full_pages = num_computed_tokens // PAGE_SIZE
+        self._extend_hashes(request, num_full_pages)
+        for index in range(request.num_registered_pages, num_full_pages):
+            self.pool.register(request.page_ids[index], request.page_hashes[index])
+        request.num_registered_pages = max(request.num_registered_pages, num_full_pages)
+
+    def schedule(self) -> Step | None:
+        """Plan the next step; None when there is nothing to do. A plan always holds the oldest request."""
+        if not len(self):
+            return None
+        budget = self.max_num_batched_tokens
+        rows: list[tuple[RequestState, StepRow]] = []
+        new: list[NewRequest] = []
+        num_preemptions = self.stats.preemptions
+        # The list shrinks from its end while it is walked: see _grow.
+        while len(rows) < len(self.running) and budget > 0:
+            request = self.running[len(rows)]
+            num_scheduled_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            new_page_ids = self._grow(request, num_scheduled_tokens)
+            if new_page_ids is None:
+                break
+            rows.append((request, _advance(request, num_scheduled_tokens, new_page_ids)))
+            budget -= num_scheduled_tokens
+        # What was preempted just now is next in the queue, and there was no page for it.
+        if self.stats.preemptions == num_preemptions:
+            while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+                request = self.waiting[0]
+                if not self._admit(request):
+                    break
+                new.append(
+                    NewRequest(request.slot, list(request.token_ids), request.prompt_len, request.sampling)
+                )
+                num_hit_pages = len(request.page_ids)
+                num_scheduled_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+                new_page_ids = self._grow(request, num_scheduled_tokens)
+                assert new_page_ids is not None, "admission promised pages that are not there"
+                row = _advance(request, num_scheduled_tokens, request.page_ids[:num_hit_pages] + new_page_ids)
+                rows.append((request, row))
+                budget -= num_scheduled_tokens
+        assert rows, "unfinished requests, and none can run"
+        return self._step(rows, new)
+
+    def _step(self, rows: list[tuple[RequestState, StepRow]], new: list[NewRequest]) -> Step:
+        decode = [pair for pair in rows if _is_decode(*pair)]
+        rows = decode + [pair for pair in rows if not _is_decode(*pair)]
+        released, self._released = self._released, []
+        self._last_step_id += 1
+        plan = StepPlan(
+            step_id=self._last_step_id,
+            rows=[row for _, row in rows],
+            num_decode_rows=len(decode),
+            new=new,
+            released=released,
+        )
+        return Step(plan, [request for request, _ in rows])
+
+    def _grow(self, request: RequestState, num_scheduled_tokens: int) -> list[int] | None:
+        """Give a running request the pages for its next tokens, which it loses when it is preempted itself:
+        None.
+
+        Whoever is youngest is preempted until there are enough.
+        """
+        num_new_pages = pages_for(request.num_computed_tokens + num_scheduled_tokens) - len(request.page_ids)
+        while (page_ids := self.pool.allocate(num_new_pages)) is None:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return None
+        request.page_ids += page_ids
+        return page_ids
+
+    def _preempt(self, request: RequestState) -> None:
+        """Back to the head of the queue; what it had computed stays findable until the pages are needed."""
+        assert self.running.pop() is request
+        self._release(request, findable=True)
+        self.waiting.appendleft(request)
+        self.stats.preemptions += 1
+
+    def _release(self, request: RequestState, *, findable: bool) -> None:
+        self.pool.free(request.page_ids, findable=findable)
+        request.page_ids = []
+        request.num_registered_pages = 0
+        request.num_computed_tokens = 0
+        self._released.append(request.slot)
+        heapq.heappush(self._free_slots, request.slot)
+        request.slot = -1
+
+    def _admit(self, request: RequestState) -> bool:
+        """Move the head of the queue to `running`, on the pages that the prefix cache has for it, if it fits.
+
+        It fits when all its known tokens do, beside one more page for each running request: a request that
+        would be preempted again at once had better wait.
+        """
+        hits = self._prefix_hits(request)
+        headroom = sum(
+            pages_for(min(other.num_tokens + PAGE_SIZE, other.max_tokens_total)) - len(other.page_ids)
+            for other in self.running
+        )
+        num_needed = pages_for(request.num_tokens) - len(hits) + self.pool.num_free_among(hits)
+        if num_needed + headroom > self.pool.num_free:
+            return False
+        self.waiting.popleft()
+        self.running.append(request)
+        self.pool.touch(hits)
+        request.page_ids = hits
+        request.num_registered_pages = len(hits)
+        request.num_computed_tokens = len(hits) * PAGE_SIZE
+        request.slot = heapq.heappop(self._free_slots)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.prompt_len)
+            if self.pool.enable_prefix_caching and request.prompt_logprobs is None:
+                self.stats.prefix_queries_tokens += request.num_tokens
+                self.stats.prefix_hits_tokens += request.num_computed_tokens
+        return True
+
+    def _prefix_hits(self, request: RequestState) -> list[int]:
+        if request.epoch != self.pool.epoch:
+            request.epoch = self.pool.epoch
+            request.page_hashes = []
+        if not self.pool.enable_prefix_caching:
+            return []
+        # One token at least must run, or there is nothing to sample from.
+        limit_tokens = request.num_tokens - 1
+        if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.prompt_len:
+            # A position that is not computed yields no log-probabilities; those of earlier runs are kept.
+            limit_tokens = len(request.prompt_logprobs) - 1
+        num_pages = limit_tokens // PAGE_SIZE
+        self._extend_hashes(request, num_pages)
+        return self.pool.match_prefix(request.page_hashes[:num_pages])
+
+    def _extend_hashes(self, request: RequestState, num_pages: int) -> None:
+        for index in range(len(request.page_hashes), num_pages):
+            parent = request.page_hashes[-1] if request.page_hashes else self.pool.root_hash
+            page_tokens = request.token_ids[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+            request.page_hashes.append(hash_page(parent, page_tokens))
+
+
+def _advance(request: RequestState, num_scheduled_tokens: int, new_page_ids: list[int]) -> StepRow:
+    """The row of this many next tokens; they count as computed from here on, since steps run in order."""
+    start = request.num_computed_tokens
+    request.num_computed_tokens += num_scheduled_tokens
+    return StepRow(
+        slot=request.slot,
+        num_computed_tokens=start,
+        num_scheduled_tokens=num_scheduled_tokens,
+        new_page_ids=new_page_ids,
+        sample=request.num_computed_tokens == request.num_tokens,
+    )
+
+
+def _is_decode(request: RequestState, row: StepRow) -> bool:
+    return row.num_scheduled_tokens == 1 and row.num_computed_tokens >= request.prompt_len
