@@ -426,3 +426,20 @@ class EngineConfig:
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def resolve_model(config: EngineConfig) -> tuple[ModelConfig, IndexKnobs]:
+    """Read and check config.json with the overrides on it. Reads no tensor and imports no torch.
+
+    Raises CheckpointError or ConfigError; an illegal index schedule is found here, before any weight is read.
+    """
+    raw = read_json(Path(config.model) / "config.json")
+    model = ModelConfig.from_hf(merge_overrides(raw, config.hf_overrides))
+    knobs = index_knobs(raw, config.hf_overrides, config.index_settings)
+    knobs.build_plan(model.is_sparse)
+    if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the checkpoint's "
+            f"max_position_embeddings={model.max_position_embeddings}"
+        )
+    return model, knobs

@@ -1,0 +1,90 @@
+"""One step's selection, shared by the sparse layers of one model on one rank.
+
+The buffers are fixed and the layers run in order, so a reuse layer reads what its source wrote a moment ago in the
+same step: there is no key and no miss. IndexPlan proved at load that every reuse layer has a source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.kernels.batch import StepBatch
+from engine.msa.plan import IndexPlan, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which key blocks each token attends to.
+
+    blocks: int32 [num_index_heads, num_tokens, topk_blocks], logical block ids, ascending, -1 to the right.
+    num_blocks: int32 [num_tokens], the valid ones: all index heads have equally many.
+    """
+
+    blocks: Tensor
+    num_blocks: Tensor
+
+
+Observer = Callable[[int, StepBatch, Selection], None]
+
+
+class IndexCache:
+    """Fixed buffers for one Selection, and a second one for the audit's shadow selections.
+
+    `observer`, when set, sees every layer's final selection (eager runs only).
+    `computed` and `reused` count, per layer, how often the layer selected afresh or read its source's selection.
+    """
+
+    def __init__(
+        self, plan: IndexPlan, *, num_index_heads: int, max_num_tokens: int, topk_blocks: int, audited: bool = False
+    ) -> None:
+        def buffers() -> Selection:
+            blocks = torch.full((num_index_heads, max_num_tokens, topk_blocks), -1, dtype=torch.int32)
+            return Selection(blocks, torch.zeros(max_num_tokens, dtype=torch.int32))
+
+        self._plan = plan
+        self._selection = buffers()
+        self._shadow = buffers() if audited and plan.layers(Role.REUSE) else None
+        self._written_by = -1
+        self.observer: Observer | None = None
+        self.computed = dict.fromkeys(plan.layers(Role.COMPUTE), 0)
+        self.reused = dict.fromkeys(plan.layers(Role.REUSE), 0)
+
+    def begin_step(self) -> None:
+        """Forget who wrote last: a layer that read before its source wrote would trip the assertion in `current`."""
+        self._written_by = -1
+
+    def output(self, layer_id: int, num_tokens: int) -> Selection:
+        """The buffers that compute layer `layer_id` must fill for this step's tokens."""
+        self._written_by = layer_id
+        self.computed[layer_id] += 1
+        return _first(self._selection, num_tokens)
+
+    def current(self, layer_id: int, num_tokens: int) -> Selection:
+        """The selection that reuse layer `layer_id` attends with, as its source left it."""
+        assert self._written_by == self._plan.source(layer_id), "layers ran out of order"
+        self.reused[layer_id] += 1
+        return _first(self._selection, num_tokens)
+
+    def shadow(self, num_tokens: int) -> Selection:
+        """Scratch of the same shape for an audit's fresh selection; overwritten by the next audit."""
+        assert self._shadow is not None, "shadow selections exist in audited mode only"
+        return _first(self._shadow, num_tokens)
+
+    def observe(self, layer_id: int, batch: StepBatch, selection: Selection) -> None:
+        if self.observer is not None:
+            self.observer(layer_id, batch, selection)
+
+    def take_counts(self) -> tuple[dict[int, int], dict[int, int]]:
+        """(computed, reused) per layer since the last call."""
+        counts = dict(self.computed), dict(self.reused)
+        self.computed = dict.fromkeys(self.computed, 0)
+        self.reused = dict.fromkeys(self.reused, 0)
+        return counts
+
+
+def _first(selection: Selection, num_tokens: int) -> Selection:
+    return Selection(selection.blocks[:, :num_tokens], selection.num_blocks[:num_tokens])

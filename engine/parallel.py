@@ -1,0 +1,68 @@
+"""Tensor parallelism: which heads, columns and rows a rank holds, and the two collectives that the model needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """One rank of a group of `size`. With size 1 nothing is communicated."""
+
+    rank: int = 0
+    size: int = 1
+
+    def check(self, model: ModelConfig) -> None:
+        """ConfigError when the model cannot be split evenly over the group."""
+        for name, count in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("intermediate_size", model.intermediate_size),
+            ("dense_intermediate_size", model.dense_intermediate_size),
+            ("shared_intermediate_size", model.shared_intermediate_size),
+            ("vocab_size", model.vocab_size),
+        ):
+            if count % self.size:
+                raise ConfigError(f"tensor_parallel_size={self.size} does not divide {name}={count}")
+        for name, count in (
+            ("num_key_value_heads", model.num_key_value_heads),
+            ("sparse_num_index_heads", model.num_index_heads),
+        ):
+            if count % self.size and self.size % count:
+                raise ConfigError(f"tensor_parallel_size={self.size} and {name}={count}: one must divide the other")
+
+    def part(self, total: int) -> slice:
+        """This rank's share of `total` rows or columns, which the group splits evenly."""
+        width = total // self.size
+        return slice(self.rank * width, (self.rank + 1) * width)
+
+    def head_rows(self, num_heads: int, head_dim: int) -> slice:
+        """Rows of this rank's heads. A group larger than num_heads replicates each head on neighbouring ranks."""
+        if self.size <= num_heads:
+            return self.part(num_heads * head_dim)
+        head = self.rank * num_heads // self.size
+        return slice(head * head_dim, (head + 1) * head_dim)
+
+    def num_heads(self, num_heads: int) -> int:
+        """How many of `num_heads` this rank holds."""
+        return max(1, num_heads // self.size)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def all_gather_last(self, x: Tensor) -> Tensor:
+        """Concatenate over the ranks along the last dimension. x: [rows, width] -> [rows, size * width]."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim=-1)
