@@ -1,0 +1,115 @@
+"""Framing of every socket: [token, header, msgpack body], never pickle.
+
+All bound sockets are PULL sockets, so that a stranger who connects can at most send, never receive; what he sends
+has no valid token and is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import struct
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import zmq
+
+from engine.errors import M3Error
+
+TOKEN_BYTES = 16
+MAX_MESSAGE_BYTES = 256 * 2**20
+_HEADER = struct.Struct("<BQQ")
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Kind(IntEnum):
+    """What the body of a message is."""
+
+    STEP = 1  # StepPlan, executor -> rank
+    RESULT = 2  # StepResult, rank 0 -> executor
+    FAILURE = 3  # str, any rank -> executor
+    ACCEPTED = 4  # replica -> ingress: a submit arrived
+    EVENTS = 5  # replica -> ingress: what one step did
+    ABORT = 6  # ingress -> replica
+
+
+class Header(NamedTuple):
+    """epoch: the worker group or process that sends.  sequence: the step id, or 0."""
+
+    kind: int
+    epoch: int
+    sequence: int
+
+
+def new_token() -> bytes:
+    """A secret that members of one group share."""
+    return secrets.token_bytes(TOKEN_BYTES)
+
+
+def new_epoch() -> int:
+    """A number that no other group or process has, but for a chance of 2**-63."""
+    return secrets.randbits(63)
+
+
+def encode(value: Any) -> bytes:
+    """msgpack bytes of a dataclass, a msgspec struct or plain values."""
+    return _encoder.encode(value)
+
+
+def pack(token: bytes, header: Header, body: bytes) -> list[bytes]:
+    """The frames of one message."""
+    return [token, _HEADER.pack(*header), body]
+
+
+class Gate:
+    """Lets in messages with the right token that decode to the type of their kind; counts the others.
+
+    types: kind -> type of the body; other kinds are dropped.
+    """
+
+    def __init__(self, token: bytes, types: Mapping[int, Any]) -> None:
+        self._token = token
+        self._decoders = {kind: msgspec.msgpack.Decoder(body) for kind, body in types.items()}
+        self.dropped = 0
+
+    def admit(self, frames: Sequence[bytes]) -> tuple[Header, Any] | None:
+        """The header and decoded body, or None for a message to ignore."""
+        if len(frames) != 3 or not hmac.compare_digest(frames[0], self._token) or len(frames[1]) != _HEADER.size:
+            self.dropped += 1
+            return None
+        header = Header(*_HEADER.unpack(frames[1]))
+        decoder = self._decoders.get(header.kind)
+        if decoder is None:
+            self.dropped += 1
+            return None
+        try:
+            return header, decoder.decode(frames[2])
+        # M3Error: types like SamplingParams check their values when they are built.
+        except (msgspec.MsgspecError, M3Error):
+            self.dropped += 1
+            return None
+
+
+def bind_pull(
+    context: zmq.Context[Any], *, directory: Path | None, name: str, host: str
+) -> tuple[zmq.Socket[Any], str]:
+    """A bound PULL socket and its endpoint: ipc inside `directory` when both ends can see it, else tcp on `host`."""
+    bound = context.socket(zmq.PULL)
+    bound.setsockopt(zmq.LINGER, 0)
+    bound.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    bound.setsockopt(zmq.RCVHWM, 0)
+    bound.bind(f"ipc://{directory / name}" if directory is not None else f"tcp://{host}:*")
+    endpoint: str = bound.getsockopt_string(zmq.LAST_ENDPOINT)
+    return bound, endpoint
+
+
+def connect_push(context: zmq.Context[Any], endpoint: str, *, max_queued: int = 1000) -> zmq.Socket[Any]:
+    """A PUSH socket to `endpoint`. A non-blocking send raises zmq.Again when `max_queued` messages are waiting."""
+    pusher = context.socket(zmq.PUSH)
+    pusher.setsockopt(zmq.LINGER, 0)
+    pusher.setsockopt(zmq.SNDHWM, max_queued)
+    pusher.connect(endpoint)
+    return pusher

@@ -1,0 +1,131 @@
+"""One tensor-parallel rank in its own process: a Ray actor that RayExecutor places, starts and watches.
+
+Ray carries start-up and liveness only. Steps arrive on a socket in the long-lived `run`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+import zmq
+
+from engine.config import EngineConfig
+from engine.runner import ModelRunner, RankProposal
+from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, pack
+from engine.types import EngineInfo, StepPlan
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+# A collective may wait this long at least: ranks of a loaded machine do not start it together.
+MIN_COLLECTIVE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """Where a rank runs and listens. store_port: of the rendezvous, set by rank 0 of a group of several."""
+
+    node_id: str
+    pid: int
+    endpoint: str
+    store_port: int | None
+
+
+class Worker:
+    """A rank. Calls in order: listen, load, allocate, run."""
+
+    def __init__(self, config: EngineConfig, *, rank: int, world_size: int, use_gpu: bool) -> None:
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._use_gpu = use_gpu
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._plans: zmq.Socket[Any] | None = None
+        self._store: dist.TCPStore | None = None
+        self._runner: ModelRunner | None = None
+        torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // world_size))
+
+    def listen(self, node_id: str, directory: str) -> WorkerAddress:
+        """Bind the step socket: in `directory` on the node `node_id`, which is the executor's, else on tcp."""
+        here = ray.get_runtime_context().get_node_id()
+        shared = Path(directory) if here == node_id else None
+        self._plans, endpoint = bind_pull(
+            self._context, directory=shared, name=f"rank{self._rank}", host=ray.util.get_node_ip_address()
+        )
+        port = None
+        if self._rank == 0 and self._world_size > 1:
+            # TCPStore would listen on every interface; the ranks of a group share one node.
+            listener = socket.create_server((LOOPBACK, 0))
+            port = listener.getsockname()[1]
+            self._store = dist.TCPStore(
+                LOOPBACK,
+                port,
+                self._world_size,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=MIN_COLLECTIVE_TIMEOUT_S),
+                master_listen_fd=listener.detach(),
+            )
+        return WorkerAddress(here, os.getpid(), endpoint, port)
+
+    def load(self, store_port: int | None, step_timeout_s: float) -> RankProposal:
+        """Join the group and load this rank's share of the weights."""
+        if self._world_size > 1:
+            self._join(store_port, timedelta(seconds=max(step_timeout_s, MIN_COLLECTIVE_TIMEOUT_S)))
+        self._runner = ModelRunner(self._config, rank=self._rank, world_size=self._world_size)
+        return self._runner.load()
+
+    def _join(self, store_port: int | None, timeout: timedelta) -> None:
+        if self._store is None:
+            assert store_port is not None, "rank 0 must listen first"
+            self._store = dist.TCPStore(LOOPBACK, store_port, self._world_size, is_master=False, timeout=timeout)
+        # gloo would otherwise listen on whatever address the host name resolves to.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
+        dist.init_process_group(
+            "nccl" if self._use_gpu else "gloo",
+            store=self._store,
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout=timeout,
+        )
+
+    def allocate(self, num_pages: int) -> EngineInfo:
+        """Make the page pools, with as many pages as every rank can hold."""
+        assert self._runner is not None, "load comes first"
+        return self._runner.allocate(num_pages)
+
+    def run(self, reply_endpoint: str, token: bytes, epoch: int) -> None:
+        """Execute steps until the process is killed; Ray kills it when the executor's process dies.
+
+        Raises when a step fails or belongs to another group: the executor sees the actor's call end.
+        """
+        assert self._runner is not None and self._plans is not None, "listen and load come first"
+        replies = connect_push(self._context, reply_endpoint)
+        gate = Gate(token, {Kind.STEP: StepPlan})
+        while True:
+            message = gate.admit(self._plans.recv_multipart())
+            if message is None:
+                log.warning("rank %d dropped %d foreign messages so far", self._rank, gate.dropped)
+                continue
+            header, plan = message
+            if header.epoch != epoch:
+                raise RuntimeError(f"rank {self._rank} belongs to group {epoch}, got a step of group {header.epoch}")
+            try:
+                result = self._runner.execute(plan)
+            except Exception as error:
+                failure = f"rank {self._rank}, step {plan.step_id}: {type(error).__name__}: {error}"
+                replies.setsockopt(zmq.LINGER, 1000)
+                replies.send_multipart(pack(token, Header(Kind.FAILURE, epoch, plan.step_id), encode(failure)))
+                raise
+            if self._rank == 0:
+                replies.send_multipart(pack(token, Header(Kind.RESULT, epoch, plan.step_id), encode(result)))
