@@ -1,8 +1,8 @@
-"""Picks the next token of each row: penalties, truncation, and noise that depends on (seed, position, token) alone.
+"""Picks the next token of each row of logits.
 
-Order: logit_bias, min_tokens mask, penalties, temperature, min_p, top_k, top_p, Gumbel-max. Nothing in a row's
-result depends on the other rows: noise is an exact integer hash, ranks have no ties, and the mass of top_p is
-summed in integers, whose sum does not depend on the order.
+Order: logit_bias, min_tokens mask, penalties, temperature, min_p, top_k, top_p, Gumbel-max. Nothing in a
+row's result depends on the other rows: noise is a function of (seed, position, token id), ranks have no ties,
+and the mass of top_p is summed in integers, whose sum does not depend on the order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.noise import gumbel_noise, noise_key
 from engine.types import Logprobs, NewRequest, SamplingParams
 
 NOT_FINITE = -2  # in place of a token: the row's logits hold a NaN or an infinity
@@ -22,51 +23,6 @@ MIN_TEMPERATURE = 1e-30  # below, float32 division would give 0/0
 CHUNK_ELEMENTS = 2**24  # of [rows, vocab] at a time, to bound the memory of the 64-bit temporaries
 WEIGHT_BITS = 44  # fixed point of a weight in [0, 1]: 2^18 tokens of weight 1 still fit in 63 bits
 TOP_P_OFF = 2.0  # no prefix of the ranking reaches twice the total
-
-_MASK64 = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same 64 bits."""
-    value &= _MASK64
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _mix(value: int) -> int:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) of a 64-bit value."""
-    value &= _MASK64
-    value = ((value ^ (value >> 30)) * _MIX1) & _MASK64
-    value = ((value ^ (value >> 27)) * _MIX2) & _MASK64
-    return value ^ (value >> 31)
-
-
-def noise_key(seed: int, position: int) -> int:
-    """What the noise of all tokens of one (seed, position) starts from; int64."""
-    return _signed(_mix(_mix(seed) + (position + 1) * _GOLDEN))
-
-
-def _xor_shift(z: Tensor, bits: int) -> Tensor:
-    """z ^ (z >>> bits), in place. `>>` on int64 copies the sign, so its copies are masked off."""
-    return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
-
-
-def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32 [num_rows, n].
-
-    keys: int64 [num_rows, 1] of `noise_key`.  token_ids: int64 [n] or [num_rows, n].
-    The hash is exact wrapping 64-bit arithmetic, the same on every device; its upper 32 bits k give
-    u = (k + 0.5) / 2^32. The token that wins has u near 0, where float32 is dense and log1p exact.
-    """
-    z = keys + (token_ids + 1) * _signed(_GOLDEN)
-    z = _xor_shift(z, 30).mul_(_signed(_MIX1))
-    z = _xor_shift(z, 27).mul_(_signed(_MIX2))
-    z = _xor_shift(z, 31)
-    k = (z >> 32).bitwise_and_(2**32 - 1)
-    u = k.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
 
 
 def _rank(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +39,7 @@ def _rank(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(slots=True)
 class _Slot:
-    """What sampling needs to know of one request. stop_ids: what min_tokens masks.  pool_row: of its counts."""
+    """One request. stop_ids: what min_tokens masks.  pool_row: of its token counts."""
 
     sampling: SamplingParams
     prompt_len: int
@@ -93,9 +49,10 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Draw:
-    """Rows sampled in the same way. rows: int64 [n] into the edited rows; the others [n, 1] or None when all are off.
+    """Rows sampled in the same way; a parameter is [n, 1], or None when it is off for all of them.
 
-    width: how many of the best tokens can be kept at most; 0 when nothing truncates, None when only the row knows.
+    rows: int64 [n] into the edited rows.  members: the same rows in the batch.
+    width: how many of the best tokens can be kept; 0: nothing truncates, None: top_p alone decides.
     """
 
     rows: Tensor
@@ -111,27 +68,27 @@ class _Draw:
 class _Batch:
     """How one composition of the batch is sampled; kept while it stays the same.
 
-    plain: rows whose token is the argmax of the untouched logits.  edited: all other rows.  The rest counts rows
-    within `edited`: cells are (rows, token ids) of single logits.
+    plain: rows whose token is the argmax of the untouched logits.  edited: all other rows.  The rest counts
+    rows within `edited`: cells are (rows, token ids) of single logits.
     """
 
     plain: Tensor | None
     edited: Tensor | None
     bias_cells: tuple[Tensor, Tensor]
     bias: Tensor | None
-    masked_cells: tuple[Tensor, Tensor] | None
+    masked_cells: tuple[Tensor, Tensor]
     penalised: Tensor | None
-    pool_rows: Tensor | None
-    penalties: Tensor | None  # float32 [3, n, 1]: repetition, presence, frequency
+    pool_rows: Tensor
+    penalties: Tensor  # float32 [3, n, 1]: repetition, presence, frequency
     greedy: Tensor | None
     draws: list[_Draw]
 
 
 class SamplerState:
-    """The sampling state of a worker's slots; `sample` picks tokens, `append` keeps the token counts up to date.
+    """The sampling parameters and token counts of a worker's slots.
 
-    Token counts exist only for slots with penalties: int32 [rows, vocab] of the output and bool [rows, vocab] of
-    the prompt, in a pool that grows as needed.
+    Token counts exist only for slots with penalties: int32 [rows, vocab] of the output and bool [rows, vocab]
+    of the prompt, in a pool that grows as needed.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
@@ -149,7 +106,7 @@ class SamplerState:
         """Put a request into its slot; after preemption its outputs come along and are counted again."""
         assert self._slots[new.slot] is None, f"slot {new.slot} is taken"
         sampling = new.sampling
-        assert sampling.is_greedy or sampling.seed is not None, "the seed is drawn when the request is accepted"
+        assert sampling.is_greedy or sampling.seed is not None, "a sampled request needs its seed"
         stop_ids = set(sampling.stop_token_ids or ())
         if not sampling.ignore_eos:
             stop_ids.update(eos_token_ids)
@@ -200,8 +157,7 @@ class SamplerState:
         work = logits.index_select(0, batch.edited)
         if batch.bias is not None:
             work.index_put_(batch.bias_cells, batch.bias, accumulate=True)
-        if batch.masked_cells is not None:
-            work[batch.masked_cells] = -math.inf
+        work[batch.masked_cells] = -math.inf
         if batch.penalised is not None:
             work.index_copy_(0, batch.penalised, self._penalise(work.index_select(0, batch.penalised), batch))
         tokens = torch.empty(work.shape[0], dtype=torch.int64, device=self.device)
@@ -214,13 +170,12 @@ class SamplerState:
         return tokens
 
     def _penalise(self, x: Tensor, batch: _Batch) -> Tensor:
-        assert batch.pool_rows is not None and batch.penalties is not None
         counts = self._counts.index_select(0, batch.pool_rows)
         in_output = counts > 0
         seen = self._in_prompt.index_select(0, batch.pool_rows) | in_output
         repetition, presence, frequency = batch.penalties
-        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-        return x - frequency * counts - presence * in_output
+        repeated: Tensor = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+        return repeated - frequency * counts - presence * in_output
 
     def _draw(self, work: Tensor, draw: _Draw, keys: Tensor) -> Tensor:
         step = max(1, CHUNK_ELEMENTS // self.vocab_size)
@@ -253,10 +208,11 @@ class SamplerState:
 
     def _count(self, new: NewRequest) -> int:
         if not self._free_rows:
-            size, grown = len(self._counts), max(1, 2 * len(self._counts))
-            self._counts = torch.cat([self._counts, self._counts.new_zeros((grown - size, self.vocab_size))])
-            self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros((grown - size, self.vocab_size))])
-            self._free_rows = list(range(size, grown))
+            size = len(self._counts)
+            more = (max(1, size), self.vocab_size)
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(more)])
+            self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(more)])
+            self._free_rows = list(range(size, len(self._counts)))
         row = self._free_rows.pop()
         tokens = self._index(new.token_ids)
         self._in_prompt[row] = False
@@ -277,43 +233,33 @@ class SamplerState:
         return self._batch
 
     def _build(self, states: list[_Slot], masked: tuple[int, ...]) -> _Batch:
-        edited = [
-            i
-            for i, state in enumerate(states)
-            if not state.sampling.is_greedy
-            or state.pool_row is not None
-            or state.sampling.logit_bias
-            or i in masked
-        ]
+        def is_edited(i: int, state: _Slot) -> bool:
+            params = state.sampling
+            return not params.is_greedy or params.has_penalties or bool(params.logit_bias) or i in masked
+
+        edited = [i for i, state in enumerate(states) if is_edited(i, state)]
         plain = sorted(set(range(len(states))) - set(edited))
-        rows = [(states[i], i) for i in edited]
-        bias = [
-            (row, token, value)
-            for row, (state, _) in enumerate(rows)
-            for token, value in (state.sampling.logit_bias or {}).items()
+        rows = [(row, i, states[i].sampling) for row, i in enumerate(edited)]
+        bias = [(row, *cell) for row, _, params in rows for cell in (params.logit_bias or {}).items()]
+        stops = [(row, token) for row, i, _ in rows if i in masked for token in states[i].stop_ids]
+        penalised = [(row, params) for row, _, params in rows if params.has_penalties]
+        pool_rows = [states[i].pool_row or 0 for _, i, params in rows if params.has_penalties]
+        strengths = [
+            [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
+            for _, params in penalised
         ]
-        stops = [(row, token) for row, (state, i) in enumerate(rows) if i in masked for token in state.stop_ids]
-        penalised = [(row, state) for row, (state, _) in enumerate(rows) if state.pool_row is not None]
-        greedy = [row for row, (state, _) in enumerate(rows) if state.sampling.is_greedy]
-        sampled = [(row, i, state.sampling) for row, (state, i) in enumerate(rows) if not state.sampling.is_greedy]
+        greedy = [row for row, _, params in rows if params.is_greedy]
         return _Batch(
             plain=self._index(plain) if plain else None,
             edited=self._index(edited) if edited else None,
             bias_cells=(self._index([cell[0] for cell in bias]), self._index([cell[1] for cell in bias])),
             bias=self._column([cell[2] for cell in bias]).squeeze(1) if bias else None,
-            masked_cells=(self._index([row for row, _ in stops]), self._index([token for _, token in stops]))
-            if stops
-            else None,
+            masked_cells=(self._index([row for row, _ in stops]), self._index([token for _, token in stops])),
             penalised=self._index([row for row, _ in penalised]) if penalised else None,
-            pool_rows=self._index([state.pool_row for _, state in penalised if state.pool_row is not None]),
-            penalties=torch.stack(
-                [
-                    self._column([getattr(state.sampling, f"{name}_penalty") for _, state in penalised])
-                    for name in ("repetition", "presence", "frequency")
-                ]
-            ),
+            pool_rows=self._index(pool_rows),
+            penalties=torch.tensor(strengths, device=self.device).reshape(-1, 3).T.unsqueeze(2),
             greedy=self._index(greedy) if greedy else None,
-            draws=self._draws(sampled),
+            draws=self._draws([member for member in rows if not member[2].is_greedy]),
         )
 
     def _draws(self, sampled: list[tuple[int, int, SamplingParams]]) -> list[_Draw]:
@@ -329,13 +275,14 @@ class SamplerState:
             params_of = [params for _, _, params in members]
             top_k = [params.top_k if params.top_k > 0 else self.vocab_size for params in params_of]
             width = {"free": 0, "nucleus": None, "large": self.vocab_size, "small": max(top_k)}[kind]
+            temperature = [max(params.temperature, MIN_TEMPERATURE) for params in params_of]
             min_p = [math.log(params.min_p) if params.min_p else -math.inf for params in params_of]
             top_p = [params.top_p if params.top_p < 1.0 else TOP_P_OFF for params in params_of]
             draws.append(
                 _Draw(
                     rows=self._index([row for row, _, _ in members]),
                     members=[i for _, i, _ in members],
-                    temperature=self._column([max(params.temperature, MIN_TEMPERATURE) for params in params_of]),
+                    temperature=self._column(temperature),
                     log_min_p=self._column(min_p) if max(min_p) > -math.inf else None,
                     top_k=self._index(top_k).unsqueeze(1) if kind in ("small", "large") else None,
                     top_p=self._column(top_p, torch.float64) if min(top_p) < 1.0 else None,
@@ -353,8 +300,8 @@ def _weights(x: Tensor) -> Tensor:
 def _keep(x: Tensor, width: int | None, top_k: Tensor | None, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
     """The tokens that top_k, then top_p leave: (values, token ids), best first, -inf where cut.
 
-    x: float32 [n, vocab], at most 0.  top_p keeps a token while those ranked above it have less than top_p of the
-    mass that top_k left; equal values rank by lower id.
+    x: float32 [n, vocab], at most 0.  top_p keeps a token while those ranked above it have less than top_p of
+    the mass that top_k left; equal values rank by lower id.
     """
     vocab = x.shape[1]
     num_best = min(SMALL_TOP_K, vocab) if width is None else width
@@ -377,8 +324,8 @@ def _keep(x: Tensor, width: int | None, top_k: Tensor | None, top_p: Tensor | No
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int | Sequence[int]) -> list[Logprobs]:
     """Log-probabilities of each row: its actual token first, then the `num_top` best by rank.
 
-    logits: float32 [num_rows, vocab], untouched by sampling.  token_ids: the actual token of each row; a negative
-    one (the row's logits are not finite) gives an empty entry.  Equal logits rank by lower id.
+    logits: float32 [num_rows, vocab], untouched by sampling.  token_ids: the actual token of each row; a
+    negative one (the row's logits are not finite) gives an empty entry.  Equal logits rank by lower id.
     """
     num_rows, vocab = logits.shape
     wanted = [num_top] * num_rows if isinstance(num_top, int) else list(num_top)
@@ -388,12 +335,13 @@ def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int | Sequenc
         actual = list(token_ids[start : start + step])
         counts = wanted[start : start + step]
         chunk = logits[start : start + step]
-        norm = chunk.logsumexp(1, keepdim=True)
+        logprobs = chunk.log_softmax(1)
         picked = torch.tensor(actual, dtype=torch.int64, device=logits.device).clamp(min=0).unsqueeze(1)
-        own = (chunk.gather(1, picked) - norm).squeeze(1).tolist()
+        own = logprobs.gather(1, picked).squeeze(1).tolist()
         width = min(max(counts), vocab)
-        best, best_ids = _rank(chunk, width) if width else (chunk[:, :0], picked[:, :0])
-        rows = zip(actual, own, counts, (best - norm).tolist(), best_ids.tolist(), strict=True)
+        best_ids = _rank(chunk, width)[1] if width else picked[:, :0]
+        best = logprobs.gather(1, best_ids).tolist()
+        rows = zip(actual, own, counts, best, best_ids.tolist(), strict=True)
         for token, own_value, count, values, ids in rows:
             if token < 0:
                 result.append({})

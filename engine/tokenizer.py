@@ -17,13 +17,13 @@ from engine.config import read_json
 from engine.errors import CheckpointError, RequestError
 from engine.types import SamplingParams
 
-# A decoder that is not byte-level is asked again about this many undecided tokens at most, so that a stream of
-# broken bytes costs a constant per token.
+# A decoder that is not byte-level is asked again about this many undecided tokens at most, so that a stream
+# of broken bytes costs a constant per token.
 MAX_UNDECIDED_TOKENS = 16
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's reversible byte encoding)."""
+    """The byte behind each character of a byte-level vocabulary (GPT-2's reversible byte encoding)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)
@@ -103,7 +103,8 @@ class Tokenizer:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise RequestError(
-                    f"the text has a lone surrogate at character {error.start}: it is not valid Unicode", param="prompt"
+                    f"the text has a lone surrogate at character {error.start}: not valid Unicode",
+                    param="prompt",
                 ) from error
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
@@ -112,7 +113,9 @@ class Tokenizer:
         """The text of a whole sequence. Ids that the tokenizer does not know give no text."""
         for token_id in token_ids:
             if not 0 <= token_id < 2**32:
-                raise RequestError(f"token ids must be in [0, {self.vocab_size}), got {token_id}", param="tokens")
+                raise RequestError(
+                    f"token ids must be in [0, {self.vocab_size}), got {token_id}", param="tokens"
+                )
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -128,7 +131,7 @@ class Tokenizer:
         return known
 
     def token_text(self, token_id: int) -> str:
-        r"""One token for OpenAI logprobs: its text, or `bytes:\xNN...` when its bytes alone are not valid UTF-8."""
+        r"""One token for OpenAI logprobs: its text, or `bytes:\xNN...` when alone it is not valid UTF-8."""
         data = self.token_bytes(token_id)
         try:
             return data.decode()
@@ -140,7 +143,7 @@ class Tokenizer:
         if token is None:
             return b""
         if self.is_byte_level:
-            # A token with a character outside the alphabet, such as an added token with a space, stands for itself.
+            # A token with a character outside the alphabet (an added token with a space) stands for itself.
             alphabet = [_BYTE_OF_CHAR.get(char) for char in token]
             data = [byte for byte in alphabet if byte is not None]
             return bytes(data) if len(data) == len(alphabet) else token.encode()
@@ -152,15 +155,17 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Turns one request's tokens into text as they arrive, and looks for its stop strings.
 
-    Text is given out once it can no longer change: not while a character is incomplete, nor while it may be the
-    start of a stop string. The pieces joined are `decode()` of all tokens, up to the stop string.
+    Text is given out once it can no longer change: not while a character is incomplete, nor while it may be
+    the start of a stop string. The pieces joined are `decode()` of all tokens, up to the stop string.
 
-    The stop string that ends first wins; of several that end at the same character, the longest. One that ends
-    within the text of the first `min_tokens` tokens does not count. O(1) amortised per character and stop string.
+    The stop string that ends first wins; of several that end at the same character, the longest. One that
+    ends within the text of the first `min_tokens` tokens does not count. O(1) amortised per character and
+    stop string.
 
-    stopped: the stop string that was found.  num_tokens_used: tokens up to and including the one that completed it
-    (or all so far).  offsets: for each token used, how many complete characters came before it (OpenAI's
-    text_offset); those at or past `len(text)` at the end belong to the stop string that was cut off.
+    stopped: the stop string that was found.  num_tokens_used: tokens up to and including the one that
+    completed it (or all so far).  offsets: for each token used, how many complete characters came before it
+    (OpenAI's text_offset); those at or past `len(text)` at the end belong to the stop string that was cut
+    off.
     """
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
@@ -193,8 +198,8 @@ class IncrementalDetokenizer:
     def push(self, token_ids: Sequence[int], *, last_is_stop: bool = False) -> str:
         """Take the next tokens; returns the text that became safe. Tokens after a stop string are ignored.
 
-        last_is_stop: the last token ended the request (end of sequence or a stop token id): it is counted, but has
-        text only with include_stop_str_in_output.
+        last_is_stop: the last token ended the request (end of sequence or a stop token id): it is counted,
+        but has text only with include_stop_str_in_output.
         """
         assert not self._finished, "push after finish"
         out: list[str] = []
@@ -209,7 +214,7 @@ class IncrementalDetokenizer:
         return self._give("".join(out))
 
     def finish(self) -> str:
-        """No more tokens come: returns what was held back; bytes that never became a character give U+FFFD."""
+        """The text held back so far, since no more tokens come; broken bytes give U+FFFD."""
         if self._finished or self.stopped is not None:
             self._finished = True
             return ""
@@ -247,7 +252,7 @@ class IncrementalDetokenizer:
 
 
 class _StopString:
-    """Knuth-Morris-Pratt matcher. matched: how many characters at the end of the text start this stop string."""
+    """Knuth-Morris-Pratt matcher. matched: how long a start of the stop string the text ends with."""
 
     __slots__ = ("_borders", "matched", "text")
 
@@ -305,7 +310,7 @@ class _DiffDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # tokens whose text is out, kept because the next one's text depends on them
+        self._context: list[int] = []  # given out, but the next token's text depends on them
         self._undecided: list[int] = []
 
     def push(self, token_id: int) -> str:
