@@ -9,6 +9,7 @@ from collections import deque
 from typing import Protocol
 
 from engine.config import EngineConfig
+from engine.msa.cache import IndexCache
 from engine.runner import ModelRunner
 from engine.types import EngineInfo, StepPlan, StepResult
 
@@ -36,6 +37,12 @@ class InlineExecutor:
         proposal = self._runner.load()
         self.info = self._runner.allocate(proposal.num_pages)
         self._results: deque[StepResult] = deque()
+
+    @property
+    def index_cache(self) -> IndexCache:
+        """The shared selection of the model, for tests and analysis."""
+        assert self._runner is not None, "the executor is closed"
+        return self._runner.model.index_cache
 
     def submit(self, plan: StepPlan) -> None:
         assert self._runner is not None, "the executor is closed"

@@ -173,8 +173,8 @@ class SamplerState:
         counts = self._counts.index_select(0, batch.pool_rows)
         in_output = counts > 0
         seen = self._in_prompt.index_select(0, batch.pool_rows) | in_output
-        repetition, presence, frequency = batch.penalties
-        repeated: Tensor = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+        repetition, presence, frequency = batch.penalties.unbind()
+        repeated = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
         return repeated - frequency * counts - presence * in_output
 
     def _draw(self, work: Tensor, draw: _Draw, keys: Tensor) -> Tensor:

@@ -30,7 +30,12 @@ _DTYPES = {"BF16", "F16", "F32"}
 
 
 class WeightSource(Protocol):
-    """Where the model's tensors come from."""
+    """Where the model's tensors come from.
+
+    num_bytes: of what was taken, as this rank holds it.
+    """
+
+    num_bytes: int
 
     def take(
         self,
@@ -57,6 +62,7 @@ class CheckpointWeights:
         self._files: dict[str, safe_open] = {}
         self._where: dict[str, tuple[str, str]] = {}  # canonical name -> (file, name in the file)
         self._ledger: Counter[str] = Counter()
+        self.num_bytes = 0
         index = path / "model.safetensors.index.json"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
@@ -119,8 +125,9 @@ class CheckpointWeights:
             )
         self._ledger["used"] += 1
         cut = (rows or slice(None), columns or slice(None))[: len(shape)]
-        tensor: Tensor = stored[cut]
-        return tensor.to(dtype).contiguous()
+        tensor: Tensor = stored[cut].to(dtype).contiguous()
+        self.num_bytes += tensor.nbytes
+        return tensor
 
     def drop(self, name: str, reason: str) -> None:
         if self._where.pop(name, None) is not None:
@@ -160,6 +167,7 @@ class DummyWeights:
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._count = 0
+        self.num_bytes = 0
 
     def take(
         self,
@@ -180,7 +188,9 @@ class DummyWeights:
             values *= _gain(name) / math.sqrt(shape[1])
         self._count += 1
         cut = (rows or slice(None), columns or slice(None))[: len(shape)]
-        return values[cut].to(dtype).contiguous()
+        tensor = values[cut].to(dtype).contiguous()
+        self.num_bytes += tensor.nbytes
+        return tensor
 
     def drop(self, name: str, reason: str) -> None:
         """Nothing to drop: what is not asked for is not made."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from engine.config import PAGE_SIZE
 from engine.msa.cache import Selection
 from engine.types import LayerOverlap
 
@@ -12,14 +15,13 @@ class Audit:
     def __init__(self) -> None:
         self._overlaps: list[LayerOverlap] = []
 
-    def record(self, layer_id: int, fresh: Selection, reused: Selection) -> None:
+    def record(self, layer_id: int, fresh: Selection, reused: Selection, positions: Tensor) -> None:
         """Add |fresh ∩ reused| / |fresh| of every (token, index head) that had more candidates than it could take.
 
-        Tokens that take every block (at most topk candidates) overlap whatever the layers do: they say nothing.
+        positions: int64 [num_tokens]. Tokens with at most topk candidates take them all: they say nothing.
         """
         topk = fresh.blocks.shape[-1]
-        # Ascending ids: a full selection that ends at topk - 1 is {0 ... topk - 1}, all there was.
-        chosen = (fresh.num_blocks == topk) & (fresh.blocks[:, :, -1] >= topk).any(0)
+        chosen = positions // PAGE_SIZE >= topk
         kept, other = fresh.blocks[:, chosen], reused.blocks[:, chosen]
         shared = (kept.unsqueeze(-1) == other.unsqueeze(-2)).any(-1).sum().item()
         count = kept.shape[0] * kept.shape[1]

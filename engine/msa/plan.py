@@ -77,6 +77,11 @@ class IndexPlan:
                 )
         return cls(roles)
 
+    @classmethod
+    def parse(cls, letters: str) -> IndexPlan:
+        """The plan whose `str` is `letters`, one of D, F and S per layer."""
+        return cls(tuple(Role(letter) for letter in letters))
+
     def source(self, layer_id: int) -> int:
         """The F layer whose selection `layer_id` attends with: itself when it is one. ValueError on a dense layer."""
         if self.roles[layer_id] is Role.DENSE:

@@ -83,7 +83,7 @@ class AuditedSelector:
             fresh = self.fresh.cache.shadow(batch.num_tokens)
             # The shadow's time is not the layer's own: it would show as indexer time of a layer that reuses.
             self.fresh.select(index_q, pages, unprobed(batch), fresh)
-            self.audit.record(self.fresh.layer_id, fresh, reused)
+            self.audit.record(self.fresh.layer_id, fresh, reused, batch.positions)
         return reused
 
 

@@ -1,0 +1,31 @@
+"""The engine: MiniMax-M3 with block-sparse attention and a shared index cache, usable without Ray.
+
+Names resolve on first use, so that a process which only needs types never loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.llm import LLM
+    from engine.msa.plan import IndexPlan
+    from engine.types import Output, SamplingParams
+
+__all__ = ["LLM", "EngineConfig", "IndexPlan", "Output", "SamplingParams"]
+
+_HOME = {
+    "LLM": "engine.llm",
+    "EngineConfig": "engine.config",
+    "IndexPlan": "engine.msa.plan",
+    "Output": "engine.types",
+    "SamplingParams": "engine.types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

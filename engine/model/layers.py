@@ -1,0 +1,122 @@
+"""Attention and MLP of one decoder layer, each built from its own tensors of the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.kernels.api import KernelSet, KVPages, QKVLayout, SwigluParams
+from engine.kernels.batch import StepBatch
+from engine.model.weights import WeightSource
+from engine.msa.selector import Selector
+from engine.parallel import TensorParallel
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What every layer needs while it is built: the model's facts and where its tensors come from."""
+
+    config: ModelConfig
+    weights: WeightSource
+    kernels: KernelSet
+    parallel: TensorParallel
+    dtype: torch.dtype
+
+    def gain(self, name: str, size: int) -> Tensor:
+        """A Gemma norm's gain, float32 [size]: the checkpoint stores it minus one."""
+        return self.weights.take(name, (size,), torch.float32) + 1.0
+
+
+class Attention:
+    """GQA with per-head QK norm and partial RoPE: dense without a selector, block-sparse with one."""
+
+    def __init__(self, build: Build, layer_id: int, selector: Selector | None) -> None:
+        config, parallel, weights = build.config, build.parallel, build.weights
+        prefix = f"model.layers.{layer_id}.self_attn."
+        owns_index = selector is not None and selector.owns_index
+        self.layer_id = layer_id
+        self.selector = selector
+        self.kernels = build.kernels
+        self.parallel = parallel
+        self.scale = config.head_dim**-0.5
+        self.layout = QKVLayout(
+            num_heads=config.num_attention_heads // parallel.size,
+            num_kv_heads=parallel.num_heads(config.num_key_value_heads),
+            head_dim=config.head_dim,
+            num_index_heads=parallel.num_heads(config.num_index_heads) if owns_index else 0,
+            index_dim=config.index_dim,
+            rotary_dim=config.rotary_dim,
+            eps=config.rms_norm_eps,
+        )
+
+        def head_rows(name: str, num_heads: int, dim: int) -> Tensor:
+            shape = (num_heads * dim, config.hidden_size)
+            return weights.take(prefix + name, shape, build.dtype, rows=parallel.head_rows(num_heads, dim))
+
+        parts = [
+            head_rows("q_proj.weight", config.num_attention_heads, config.head_dim),
+            head_rows("k_proj.weight", config.num_key_value_heads, config.head_dim),
+            head_rows("v_proj.weight", config.num_key_value_heads, config.head_dim),
+        ]
+        gains = [build.gain(f"{prefix}{name}_norm.weight", config.head_dim) for name in ("q", "k")]
+        index_names = ("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm")
+        if owns_index:
+            parts.append(head_rows("index_q_proj.weight", config.num_index_heads, config.index_dim))
+            shape = (config.index_dim, config.hidden_size)
+            parts.append(weights.take(prefix + "index_k_proj.weight", shape, build.dtype))
+            gains += [build.gain(f"{prefix}index_{name}_norm.weight", config.index_dim) for name in ("q", "k")]
+        elif selector is not None:
+            for name in index_names:
+                weights.drop(f"{prefix}{name}.weight", "index weights of a reuse layer")
+        self.gains = tuple(gains)
+        self.qkv = build.kernels.pack_linear(torch.cat(parts))
+        width = config.num_attention_heads * config.head_dim
+        self.o_proj = build.kernels.pack_linear(
+            weights.take(
+                f"{prefix}o_proj.weight", (config.hidden_size, width), build.dtype, columns=parallel.part(width)
+            )
+        )
+
+    def __call__(self, x: Tensor, cos_sin: Tensor, pages: KVPages, batch: StepBatch) -> Tensor:
+        """x: [num_tokens, hidden], normed.  Returns [num_tokens, hidden], summed over the ranks."""
+        kernels = self.kernels
+        q, index_q = kernels.qk_norm_rope_insert(
+            kernels.linear(x, self.qkv), self.gains, cos_sin, batch, self.layout, pages
+        )
+        out = torch.empty_like(q)
+        if self.selector is None:
+            for segment in batch.segments:
+                kernels.attend_dense(q, pages, batch, segment, self.scale, out)
+        else:
+            selection = self.selector(index_q, pages, batch)
+            for segment in batch.segments:
+                started = batch.probe.start() if batch.probe is not None else None
+                kernels.attend_sparse(q, pages, selection.blocks, batch, segment, self.scale, out)
+                if batch.probe is not None:
+                    batch.probe.stop(started, "sparse_attention", self.layer_id, segment.phase)
+        return self.parallel.all_reduce(kernels.linear(out.view(out.shape[0], -1), self.o_proj))
+
+
+class MLP:
+    """SwiGLU-OAI feed-forward: a dense layer's, or the shared expert of a MoE layer."""
+
+    def __init__(self, build: Build, prefix: str, width: int) -> None:
+        config, part = build.config, build.parallel.part(width)
+        self.kernels = build.kernels
+        self.act = SwigluParams(config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta)
+        shape = (width, config.hidden_size)
+        gate_up = [
+            build.weights.take(f"{prefix}{name}_proj.weight", shape, build.dtype, rows=part) for name in ("gate", "up")
+        ]
+        self.gate_up = build.kernels.pack_linear(torch.cat(gate_up))
+        self.down = build.kernels.pack_linear(
+            build.weights.take(f"{prefix}down_proj.weight", (config.hidden_size, width), build.dtype, columns=part)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, hidden].  Returns this rank's partial sum, [num_tokens, hidden]."""
+        kernels = self.kernels
+        return kernels.linear(kernels.swiglu(kernels.linear(x, self.gate_up), self.act), self.down)
