@@ -1,0 +1,156 @@
+"""Runs the engine requests behind one completion request, and answers whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from engine.types import EngineRequest, RequestEvent
+from service import sse
+from service.boundary import report
+from service.completion import Choice, TokenizedPrompt, chunk_usage, usage_of
+from service.protocol import Completion, CompletionRequest
+from service.stream import EngineClient
+
+EngineStream = AsyncGenerator[RequestEvent, None]
+
+
+class EventMerge:
+    """The event streams of several choices as one, in order of arrival. `close` must be called.
+
+    Nothing is pulled ahead of the reader beyond one event per choice: what piles up stays in the streams,
+    which merge it and bound it.
+    """
+
+    def __init__(self, streams: Sequence[EngineStream]) -> None:
+        self._queue: asyncio.Queue[tuple[int, RequestEvent | Exception]] = asyncio.Queue(len(streams))
+        # All tasks begin in one turn of the event loop, so that their requests leave in one submit.
+        self._tasks = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
+
+    async def get(self) -> list[tuple[int, RequestEvent]]:
+        """At least one event, and all others that are there already. Raises what a stream raised."""
+        arrived = [await self._queue.get()]
+        while not self._queue.empty():
+            arrived.append(self._queue.get_nowait())
+        events: list[tuple[int, RequestEvent]] = []
+        for index, item in arrived:
+            if isinstance(item, Exception):
+                raise item
+            events.append((index, item))
+        return events
+
+    def stop(self, index: int) -> None:
+        """End one stream early: its request is aborted in the engine."""
+        self._tasks[index].cancel()
+
+    async def close(self) -> None:
+        """End all streams and wait until each has told the engine."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pump(self, index: int, stream: EngineStream) -> None:
+        async with aclosing(stream) as events:
+            try:
+                async for event in events:
+                    await self._queue.put((index, event))
+            except Exception as error:  # not handled here: `get` raises it where the answer is made
+                await self._queue.put((index, error))
+
+
+class CompletionRun:
+    """One POST /v1/completions on its way through the engine: an asynchronous context that owns its requests.
+
+    head: the envelope of the answer, without choices.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        prompts: Sequence[TokenizedPrompt],
+        engine_requests: Sequence[EngineRequest],
+        *,
+        head: Completion,
+        client: EngineClient,
+    ) -> None:
+        num_per_prompt = request.num_choices_per_prompt
+        self._request = request
+        self._prompts = prompts
+        self._engine_requests = engine_requests
+        self._head = head
+        self._client = client
+        self._choices = [
+            Choice(i, prompts[i // num_per_prompt], request, engine_request.sampling)
+            for i, engine_request in enumerate(engine_requests)
+        ]
+        self._num_open = len(self._choices)
+        self._news: list[Choice] = []
+
+    async def __aenter__(self) -> CompletionRun:
+        self._merge = EventMerge([self._client.generate(request) for request in self._engine_requests])
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._merge.close()
+
+    async def start(self) -> None:
+        """Wait for the first events: what goes wrong before them can still become an HTTP status."""
+        self._news = await self._advance()
+
+    async def whole(self) -> Completion:
+        """Run to the end and answer in one piece."""
+        while self._num_open:
+            await self._advance()
+        choices = [choice.take() for choice in self._choices]
+        return msgspec.structs.replace(
+            self._head,
+            choices=[choice for choice in choices if choice is not None],
+            usage=usage_of(self._prompts, self._choices),
+        )
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """The stream after `start`: chunks as they come, the usage if asked for, then [DONE], once.
+
+        Each piece holds everything that is there by then, in as many events as there are choices with news.
+        """
+        try:
+            while self._num_open:
+                if piece := self._chunks():
+                    yield piece
+                self._news = await self._advance()
+            last = self._chunks() + self._usage_chunk()
+        except Exception as error:  # the status line is out: the error travels in the stream
+            last = sse.event(report(error, self._head.id).body)
+        yield last + sse.DONE
+
+    async def _advance(self) -> list[Choice]:
+        """Take what the engine sent; returns the choices that it was for."""
+        touched: dict[int, Choice] = {}
+        for index, event in await self._merge.get():
+            choice = self._choices[index]
+            if choice.finish_reason is not None:
+                continue  # sent before the engine heard of a stop string
+            touched[index] = choice
+            if choice.push(event):
+                self._num_open -= 1
+                if event.finish_reason is None:
+                    self._merge.stop(index)
+        return list(touched.values())
+
+    def _chunks(self) -> bytes:
+        usage = chunk_usage(self._request, self._prompts, self._choices)
+        out = []
+        for choice in self._news:
+            if (news := choice.take()) is not None:
+                out.append(sse.event(msgspec.structs.replace(self._head, choices=[news], usage=usage)))
+        return b"".join(out)
+
+    def _usage_chunk(self) -> bytes:
+        options = self._request.stream_options
+        if options is None or not options.include_usage:
+            return b""
+        usage = usage_of(self._prompts, self._choices)
+        return sse.event(msgspec.structs.replace(self._head, choices=[], usage=usage))

@@ -1,0 +1,224 @@
+"""The HTTP front: routes, tokenisation, and the engine requests behind each call. Loads no torch.
+
+Deployed with `@serve.ingress`; several replicas of it may stand in front of the same engine replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from engine.errors import EngineDead, RequestError
+from engine.tokenizer import Tokenizer
+from engine.types import MAX_SEED, EngineInfo, EngineRequest, SamplingParams
+from service.boundary import Boundary, read_body
+from service.completion import TokenizedPrompt
+from service.errors import NotFound, answer
+from service.generation import CompletionRun
+from service.protocol import (
+    Completion,
+    CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    Prompt,
+    Tokenized,
+    TokenizeRequest,
+    check_token_ids,
+)
+from service.settings import ServiceSettings
+from service.sse import EventStream
+from service.stream import EngineClient
+
+# Shorter texts are encoded on the event loop: a hop to a thread costs more than they do.
+INLINE_ENCODE_CHARS = 4096
+
+app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+app.add_middleware(Boundary)
+
+
+@app.exception_handler(HTTPException)
+async def refuse_route(_request: Request, error: HTTPException) -> Response:
+    """Unknown paths and methods get an error object too."""
+    refusal = answer(error)
+    return Response(refusal.json(), refusal.status, dict(refusal.headers), "application/json")
+
+
+def _json(payload: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(payload), media_type="application/json")
+
+
+def software_version() -> str:
+    """The installed version; a source tree that is not installed says so."""
+    try:
+        return version("m3serve")
+    except PackageNotFoundError:
+        return "source"
+
+
+@serve.ingress(app)
+class Ingress:
+    """One HTTP front process."""
+
+    async def __init__(self, settings: ServiceSettings, engine: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._settings = settings
+        self._tokenizer = Tokenizer.from_dir(settings.model)
+        # Long prompts are encoded beside the event loop, so that health checks and streams go on.
+        self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
+        self._created = int(time.time())
+        self._client = EngineClient(settings)
+        await self._client.start(engine)
+
+    async def __del__(self) -> None:
+        await self._client.close()
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    @app.get("/health")
+    async def health(self) -> Response:
+        """This process answers; says nothing about engines."""
+        return Response(b"{}", media_type="application/json")
+
+    @app.get("/ready")
+    async def ready(self) -> Response:
+        """200 only while an engine replica answers."""
+        if not self._client.ready():
+            raise EngineDead("no engine replica answers")
+        return Response(b"{}", media_type="application/json")
+
+    @app.get("/v1/models")
+    async def models(self) -> Response:
+        return _json(ModelList([await self._model_card()]))
+
+    @app.get("/v1/models/{name:path}")
+    async def model(self, name: str) -> Response:
+        self._check_model(name)
+        return _json(await self._model_card())
+
+    @app.post("/v1/completions")
+    async def completions(self, request: Request) -> Response:
+        body = CompletionRequest.parse(await self._read(request))
+        self._check_model(body.model)
+        body.check(max_choices=self._settings.max_prompts)
+        sampling = body.sampling()
+        info = await self._client.info()
+        _check_vocabulary(sampling, info.vocab_size)
+        prompts = await self._tokenize(body.prompt, info, add_special_tokens=body.add_special_tokens)
+        head = self._head("cmpl", info)
+        requests = _engine_requests(head.id, prompts, sampling, body.num_choices_per_prompt)
+        run = CompletionRun(body, prompts, requests, head=head, client=self._client)
+        if body.stream:
+            return EventStream(run)
+        async with run:
+            return _json(await run.whole())
+
+    @app.post("/tokenize")
+    async def tokenize(self, request: Request) -> Response:
+        body = TokenizeRequest.parse(await self._read(request))
+        self._check_model(body.model)
+        info = await self._client.info()
+        token_ids: list[int] = []
+        if body.prompt:
+            [prompt] = await self._tokenize([body.prompt], info, add_special_tokens=body.add_special_tokens)
+            token_ids = prompt.token_ids
+        texts = [self._tokenizer.token_text(t) for t in token_ids] if body.return_token_strs else None
+        return _json(Tokenized(len(token_ids), info.max_model_len, token_ids, texts))
+
+    @app.post("/detokenize")
+    async def detokenize(self, request: Request) -> Response:
+        body = DetokenizeRequest.parse(await self._read(request))
+        self._check_model(body.model)
+        if body.tokens:
+            check_token_ids(body.tokens, (await self._client.info()).vocab_size, "tokens")
+        return _json(Detokenized(self._tokenizer.decode(body.tokens, skip_special_tokens=False)))
+
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request.scope, request.receive, max_bytes=self._settings.max_body_bytes)
+
+    def _check_model(self, name: str | None) -> None:
+        served = self._settings.model_name
+        if name is not None and name != served:
+            raise NotFound(
+                f"model {name!r} is not served here, only {served!r}", param="model", code="model_not_found"
+            )
+
+    async def _model_card(self) -> ModelCard:
+        info = await self._client.info()
+        return ModelCard(self._settings.model_name, self._created, info.max_model_len, info.plan)
+
+    def _head(self, prefix: str, info: EngineInfo) -> Completion:
+        identity = "\n".join((software_version(), info.namespace, info.plan))
+        return Completion(
+            id=f"{prefix}-{secrets.token_hex(16)}",
+            created=int(time.time()),
+            model=self._settings.model_name,
+            system_fingerprint=f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+            choices=[],
+        )
+
+    async def _tokenize(
+        self, prompts: list[Prompt], info: EngineInfo, *, add_special_tokens: bool | None
+    ) -> list[TokenizedPrompt]:
+        """Prompts as token ids, all of one request in one go."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            token_ids = [prompt for prompt in prompts if isinstance(prompt, list)]
+            for ids in token_ids:
+                check_token_ids(ids, info.vocab_size, "prompt")
+            return [TokenizedPrompt(None, ids, self._tokenizer) for ids in token_ids]
+        # Absent means true, as with vLLM: what the tokenizer itself adds to a raw prompt, often nothing.
+        special = add_special_tokens is not False
+        if sum(map(len, texts)) <= INLINE_ENCODE_CHARS:
+            encoded = self._tokenizer.encode_batch(texts, add_special_tokens=special)
+        else:
+            loop = asyncio.get_running_loop()
+            encoded = await loop.run_in_executor(
+                self._encoders, lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special)
+            )
+        for i, ids in enumerate(encoded):
+            if not ids:
+                raise RequestError(f"prompt {i} has no tokens", param="prompt", code="empty_prompt")
+        return [TokenizedPrompt(text, ids, self._tokenizer) for text, ids in zip(texts, encoded, strict=True)]
+
+
+def _check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
+    for name, token_ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", list(sampling.logit_bias or ())),
+    ):
+        if token_ids:
+            check_token_ids(token_ids, vocab_size, name)
+
+
+def _engine_requests(
+    request_id: str, prompts: list[TokenizedPrompt], sampling: SamplingParams, num_per_prompt: int
+) -> list[EngineRequest]:
+    """One engine request per choice. Choice i of a prompt samples with seed + i, or a seed of its own."""
+    requests: list[EngineRequest] = []
+    for prompt in prompts:
+        for i in range(num_per_prompt):
+            seed = secrets.randbits(63) if sampling.seed is None else _wrap(sampling.seed + i)
+            requests.append(
+                EngineRequest(
+                    request_id=f"{request_id}-{len(requests)}",
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=replace(sampling, seed=seed),
+                )
+            )
+    return requests
+
+
+def _wrap(seed: int) -> int:
+    """Into the range of a signed 64-bit integer."""
+    return (seed + MAX_SEED + 1) % (2 * (MAX_SEED + 1)) - MAX_SEED - 1

@@ -1,0 +1,394 @@
+"""The bodies of the HTTP API: what a client may send, and what it gets back.
+
+Field names, defaults and meaning are OpenAI's; extensions have vLLM's names. Types are strict: a string is
+not a number, a boolean is not an integer. A field that we would not honour is refused by name. null: not
+given. Ranges are checked where the values are used, in `SamplingParams`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from engine.errors import RequestError
+from engine.types import SamplingParams
+
+MAX_N = 128
+_MAX_QUOTE_CHARS = 80
+
+Prompt = str | list[int]
+
+_Body = TypeVar("_Body", bound="RequestBody")
+
+# What a value should have been, by the kind of pydantic's complaint.
+_WANTED = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+
+
+class RequestBody(BaseModel):
+    """Base of all request bodies. `parse` is the way in."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=()
+    )
+
+    # Fields of the same API elsewhere that are not honoured here, with the reason.
+    refused: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def parse(cls: type[_Body], body: bytes) -> _Body:
+        """Read a body; RequestError names the field, what it must be, and what was sent."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            if first["type"] == "json_invalid":
+                raise _invalid_json(body, first) from None
+            raise cls._refusal(first) from None
+
+    @classmethod
+    def _refusal(cls, error: ErrorDetails) -> RequestError:
+        names = [str(part)[:_MAX_QUOTE_CHARS] for part in error["loc"] if not isinstance(part, int)]
+        param = ".".join(names) or None
+        path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"])
+        where = path.lstrip(".")[: 2 * _MAX_QUOTE_CHARS] or "the body"
+        kind = error["type"]
+        if kind == "extra_forbidden":
+            return cls._unknown_field(param or "")
+        if kind == "missing":
+            return RequestError(f"{where} is required", param=param, code="missing_required_parameter")
+        if wanted := _WANTED.get(kind):
+            message = f"{where} must be {wanted}, got {quote(error['input'])}"
+            return RequestError(message, param=param, code="invalid_type")
+        return RequestError(f"{where}: {error['msg']}, got {quote(error['input'])}", param=param)
+
+    @classmethod
+    def _unknown_field(cls, name: str) -> RequestError:
+        if reason := cls.refused.get(name):
+            return RequestError(
+                f"{name} is not supported: {reason}", param=name, code="unsupported_parameter"
+            )
+        close = difflib.get_close_matches(name.rpartition(".")[2], cls.model_fields, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return RequestError(f"unknown field {name!r}{hint}", param=name, code="unknown_parameter")
+
+
+def quote(value: Any) -> str:
+    """A value for an error message, as JSON and shortened: it came from outside and may be huge."""
+    if isinstance(value, list | dict) and len(value) > 8:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)} entries"
+    if isinstance(value, str) and len(value) > _MAX_QUOTE_CHARS:
+        return f"a string of {len(value)} characters"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MAX_QUOTE_CHARS else f"{text[:_MAX_QUOTE_CHARS]}..."
+
+
+def _invalid_json(body: bytes, error: ErrorDetails) -> RequestError:
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as broken:
+        byte = body[broken.start]
+        message = f"the body is not valid UTF-8: byte 0x{byte:02x} at offset {broken.start}"
+        return RequestError(message, code="invalid_utf8")
+    reason = error.get("ctx", {}).get("error", error["msg"])
+    return RequestError(f"the body is not valid JSON: {reason}", code="invalid_json")
+
+
+class StreamOptions(RequestBody):
+    """include_usage: one last chunk with the usage.  continuous_usage_stats: usage so far in every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class CompletionRequest(RequestBody):
+    """POST /v1/completions."""
+
+    refused: ClassVar[dict[str, str]] = {
+        "guided_json": "there is no constrained decoding",
+        "guided_regex": "there is no constrained decoding",
+        "guided_choice": "there is no constrained decoding",
+        "response_format": "there is no constrained decoding",
+        "structured_outputs": "there is no constrained decoding",
+        "use_beam_search": "there is no beam search",
+        "prompt_embeds": "prompts are text or token ids",
+        "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",
+    }
+
+    model: str | None = None
+    prompt: list[Any]  # of str, or of list[int]: every accepted form becomes a list of prompts
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: int | None = None
+    echo: bool | None = None
+    stop: list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    # Accepted because OpenAI's clients send it on behalf of their own users; it asks for nothing.
+    user: str | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> list[Prompt]:
+        return parse_prompts(value)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _logit_bias(cls, value: Any) -> Any:
+        return parse_logit_bias(value)
+
+    @property
+    def num_choices_per_prompt(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def generates_nothing(self) -> bool:
+        """max_tokens 0 with echo, as evaluation tools ask for the prompt's own log-probabilities."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def check(self, *, max_choices: int) -> None:
+        """The rules that no single field can state. max_choices: limit of prompts times n."""
+        n = self.num_choices_per_prompt
+        if not 1 <= n <= MAX_N:
+            raise RequestError(f"n must be in [1, {MAX_N}], got {n}", param="n")
+        if len(self.prompt) * n > max_choices:
+            raise RequestError(
+                f"{len(self.prompt)} prompts times n={n} are {n * len(self.prompt)} choices, "
+                f"at most {max_choices} are allowed",
+                param="prompt" if len(self.prompt) > max_choices else "n",
+            )
+        if self.best_of is not None and self.best_of != n:
+            raise RequestError(
+                f"best_of must be equal to n ({n}) or absent: candidates are not ranked; got {self.best_of}",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        if self.suffix is not None:
+            raise RequestError(
+                "suffix is not supported: the model does not fill in the middle",
+                param="suffix",
+                code="unsupported_parameter",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs needs stream=false", param="prompt_logprobs")
+
+    def sampling(self) -> SamplingParams:
+        """The engine's view of this request; absent fields take the engine's defaults, which are OpenAI's."""
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        if self.generates_nothing:
+            # The engine always generates; the one token is dropped and not counted.
+            given |= {"max_tokens": 1, "min_tokens": 0}
+        if self.echo and self.logprobs is not None:
+            given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return SamplingParams(**given)
+
+
+_SAMPLING_FIELDS = tuple(
+    sorted(CompletionRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys())
+)
+
+
+def parse_prompts(value: Any) -> list[Prompt]:
+    """Every form of `prompt` as a list of prompts: one string, strings, one list of ids, lists of ids."""
+    is_token_ids = isinstance(value, list) and bool(value) and type(value[0]) in (int, float, bool)
+    if isinstance(value, str) or is_token_ids:
+        value = [value]
+    if not isinstance(value, list):
+        raise _prompt_type(f"prompt must be a string or a list, got {quote(value)}")
+    if not value:
+        raise RequestError("prompt is an empty list", param="prompt", code="empty_prompt")
+    kind = type(value[0])
+    for i, prompt in enumerate(value):
+        if kind not in (str, list) or type(prompt) is not kind:
+            raise _prompt_type(
+                f"prompt must hold only strings or only lists of token ids, got {quote(prompt)} at {i}"
+            )
+        if not prompt:
+            raise RequestError(
+                f"prompt {i} is empty: it needs at least one token", param="prompt", code="empty_prompt"
+            )
+        if kind is list:
+            for j, token in enumerate(prompt):
+                # Exactly int: true would pass as an instance of it.
+                if type(token) is not int:
+                    raise _prompt_type(f"prompt {i} must hold integer token ids, got {quote(token)} at {j}")
+    return value
+
+
+def _prompt_type(message: str) -> RequestError:
+    return RequestError(message, param="prompt", code="invalid_type")
+
+
+def parse_logit_bias(value: Any) -> Any:
+    """JSON has only string keys: {"50256": -100} becomes {50256: -100}."""
+    if not isinstance(value, dict):
+        return value
+    bias = {}
+    for key, amount in value.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise RequestError(
+                f"logit_bias must have token ids as keys, got {quote(key)}",
+                param="logit_bias",
+                code="invalid_type",
+            )
+        if isinstance(amount, bool) or not isinstance(amount, int | float):
+            raise RequestError(
+                f"logit_bias must have numbers as values, got {quote(amount)} for token {key}",
+                param="logit_bias",
+                code="invalid_type",
+            )
+        bias[int(key)] = amount
+    return bias
+
+
+def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
+    """RequestError for the first id that the model does not have. Entries must be integers already."""
+    if min(token_ids) >= 0 and max(token_ids) < vocab_size:
+        return
+    i, token = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocab_size)
+    raise RequestError(
+        f"{param} has token id {quote(token)} at {i}, ids must be in [0, {vocab_size - 1}]", param=param
+    )
+
+
+class TokenizeRequest(RequestBody):
+    """POST /tokenize."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestBody):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+# --- answers; UNSET fields are extensions, left out unless asked for ---------------------------------
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Tokens of one HTTP request: each prompt counts once, whatever n is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """OpenAI's four aligned lists. text_offset: characters from the start of the choice's text."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+
+
+class TokenLogprob(msgspec.Struct):
+    """vLLM's entry of prompt_logprobs. rank: from 1; null when the token is not among the best asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+class CompletionChoice(msgspec.Struct):
+    """One choice, whole or what is new of it. stop_reason: the stop string or stop token id that ended it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, TokenLogprob] | None] | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct):
+    """The answer to /v1/completions; with stream, each chunk has the same shape."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    object: str = "text_completion"
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelCard(msgspec.Struct):
+    """One entry of /v1/models. index_plan: one letter per layer, see the README."""
+
+    id: str
+    created: int
+    max_model_len: int
+    index_plan: str
+    object: str = "model"
+    owned_by: str = "m3serve"
+
+
+class ModelList(msgspec.Struct):
+    data: list[ModelCard]
+    object: str = "list"
+
+
+class Tokenized(msgspec.Struct):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(msgspec.Struct):
+    prompt: str
