@@ -135,9 +135,7 @@ class ModelConfig:
             if value != wanted or isinstance(value, bool) is not isinstance(wanted, bool):
                 raise CheckpointError(f"config.json: {key}={value!r} is not supported, only {wanted!r}")
         values: dict[str, Any] = {key: _positive(text, key, kind) for key, kind in _NUMBERS.items()}
-        values["swiglu_beta"] = (
-            _positive(text, "swiglu_beta", float) if text.get("swiglu_beta") is not None else 1.0
-        )
+        values["swiglu_beta"] = _positive(text, "swiglu_beta", float) if text.get("swiglu_beta") is not None else 1.0
         num_layers = values["num_hidden_layers"]
         values["rotary_dim"] = _rotary_dim(text, values["head_dim"])
         values["is_moe"] = _layer_flags(text, "moe_layer_freq", num_layers)
@@ -300,7 +298,10 @@ def merge_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
         if key in KNOBS:
             continue
         if key in text_keys and key not in config:
-            merged["text_config"] = {**merged["text_config"], **merge_overrides({key: merged["text_config"][key]}, {key: value})}
+            merged["text_config"] = {
+                **merged["text_config"],
+                **merge_overrides({key: merged["text_config"][key]}, {key: value}),
+            }
         elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
             merged[key] = merge_overrides(merged[key], {k: v for k, v in value.items() if k not in KNOBS})
         else:

@@ -36,9 +36,7 @@ class LLM:
         self._executor = _make_executor(config)
         self._core = EngineCore(config, self._executor)
         try:
-            self._tokenizer: Tokenizer | None = Tokenizer.from_dir(
-                model_dir, vocab_size=self._core.info.vocab_size
-            )
+            self._tokenizer: Tokenizer | None = Tokenizer.from_dir(model_dir, vocab_size=self._core.info.vocab_size)
         except CheckpointError:
             # A checkpoint of weights alone still serves token ids.
             if (Path(model_dir) / "tokenizer.json").exists():
@@ -89,7 +87,8 @@ class LLM:
             while self._core.has_work():
                 for event in self._core.step():
                     # Events of an earlier, interrupted call may still come.
-                    if (job := requests.get(event.request_id)) is not None and job.take(event):
+                    owner = requests.get(event.request_id)
+                    if owner is not None and owner.take(event):
                         self._core.abort(event.request_id)
         except BaseException:
             for request_id in requests:
@@ -190,5 +189,5 @@ def _make_executor(config: EngineConfig) -> Executor:
     # Ray is for groups only: a single rank must work on a machine without it.
     from engine.ray_executor import RayExecutor, ensure_ray  # noqa: PLC0415
 
-    ensure_ray()
+    ensure_ray(num_cpus=config.tensor_parallel_size)
     return RayExecutor(config)

@@ -67,9 +67,7 @@ class ModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         path = Path(config.model)
-        weights: WeightSource = (
-            DummyWeights(config.seed) if config.load_format == "dummy" else CheckpointWeights(path)
-        )
+        weights: WeightSource = DummyWeights(config.seed) if config.load_format == "dummy" else CheckpointWeights(path)
         with torch.inference_mode():
             self.model = MiniMaxM3(
                 self.model_config,

@@ -148,9 +148,7 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         """Whether the token counts of the request change its logits."""
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(slots=True)

@@ -32,9 +32,7 @@ def _gather_row(pages: Tensor, table: Tensor, num_keys: int) -> Tensor:
     return pages.view(-1, page_size * dim).index_select(0, rows).view(num_heads, -1, dim)[:, :num_keys]
 
 
-def attend_dense(
-    q: Tensor, pages: KVPages, batch: StepBatch, segment: Segment, scale: float, out: Tensor
-) -> None:
+def attend_dense(q: Tensor, pages: KVPages, batch: StepBatch, segment: Segment, scale: float, out: Tensor) -> None:
     """Causal attention over the whole context, for the tokens of `segment`.
 
     q, out: [num_tokens, num_heads, head_dim] of the whole step; the segment's tokens of `out` are written.
@@ -172,9 +170,7 @@ def _attend_pairs(
         runs.append((page, start, start + length))
         start += length
     for page, start, end in runs:
-        torch.mm(
-            query[start:end].view(-1, dim), k_rows[page].float().t(), out=scores[start:end].view(-1, page_size)
-        )
+        torch.mm(query[start:end].view(-1, dim), k_rows[page].float().t(), out=scores[start:end].view(-1, page_size))
     _mask_own_block(scores, selected.reshape(-1)[pairs], batch.positions[tokens], pairs // (topk * groups))
 
     # Softmax over all blocks of a (token, group): its largest score, then its sum of exponentials.
@@ -187,9 +183,7 @@ def _attend_pairs(
     sums[pairs] = scores.sum(-1)
     parts = query  # its values are used up, and it has the right size
     for page, start, end in runs:
-        torch.mm(
-            scores[start:end].view(-1, page_size), v_rows[page].float(), out=parts[start:end].view(-1, dim)
-        )
+        torch.mm(scores[start:end].view(-1, page_size), v_rows[page].float(), out=parts[start:end].view(-1, dim))
     by_rank = parts.new_zeros(num_tokens * groups * topk, group, dim)
     by_rank[pairs] = parts
     total = by_rank.view(-1, topk, group, dim).sum(1)

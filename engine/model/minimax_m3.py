@@ -118,8 +118,7 @@ class MiniMaxM3:
         """Bytes of one page over all layers of this rank."""
         kv_width = 2 * self.parallel.num_heads(self.config.num_key_value_heads) * self.config.head_dim
         widths = sum(
-            kv_width + (self.config.index_dim if layer.attention.layout.num_index_heads else 0)
-            for layer in self.layers
+            kv_width + (self.config.index_dim if layer.attention.layout.num_index_heads else 0) for layer in self.layers
         )
         return widths * PAGE_SIZE * self.dtype.itemsize
 

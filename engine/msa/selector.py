@@ -43,9 +43,7 @@ class ComputeSelector:
         assert index_q is not None and pages.index_k is not None
         for segment in batch.segments:
             started = batch.probe.start() if batch.probe is not None else None
-            self.kernels.select_blocks(
-                index_q, pages.index_k, batch, segment, self.params, out.blocks, out.num_blocks
-            )
+            self.kernels.select_blocks(index_q, pages.index_k, batch, segment, self.params, out.blocks, out.num_blocks)
             if batch.probe is not None:
                 batch.probe.stop(started, "indexer", self.layer_id, segment.phase)
 
