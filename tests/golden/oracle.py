@@ -1,7 +1,7 @@
 """transformers' MiniMax-M3 as the oracle: fp32, CPU, from the same directory that the engine reads.
 
-One unpadded sequence at a time: its left padding moves block boundaries. Reuse layers (which transformers does not
-have) are made by hooks that replace the output of a layer's indexer by what its source layer selected.
+One unpadded sequence at a time: its left padding moves block boundaries. Reuse layers, which transformers
+does not have, are made by hooks that replace the output of a layer's indexer by its source's.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class OracleRun:
     """What transformers computes on one sequence.
 
     logprobs: float32 [num_tokens, vocab_size], of the next token.
-    attended, fresh: per sparse layer, int64 [num_index_heads, num_tokens, topk_blocks], ascending, -1 at the right:
-    the blocks that the layer attended with, and those that its own indexer picked (the same in an F layer).
+    attended, fresh: per sparse layer, int64 [num_index_heads, num_tokens, topk_blocks], ascending, -1 at the
+    right: the blocks that the layer attended with, and those that its own indexer picked.
     inputs: per sparse layer, what its indexer was given.
     """
 
@@ -57,7 +57,7 @@ class Oracle:
         is_sparse = [kind == "minimax_m3_sparse" for kind in config.layer_types]
         self.plan = IndexPlan.build(is_sparse) if plan is None else plan
         if [role is not Role.DENSE for role in self.plan.roles] != is_sparse:
-            raise AssertionError(f"plan {self.plan} does not fit the checkpoint's layers {config.layer_types}")
+            raise AssertionError(f"plan {self.plan} does not fit the layers {config.layer_types}")
 
     def run(self, token_ids: Sequence[int], forced: Forced | None = None) -> OracleRun:
         """Run the text decoder on one sequence."""
@@ -93,19 +93,20 @@ class Oracle:
         finally:
             for handle in handles:
                 handle.remove()
-        return OracleRun(logprobs, {layer: self._normal(blocks) for layer, blocks in raw.items()}, fresh, inputs)
+        attended = {layer_id: self._normal(blocks) for layer_id, blocks in raw.items()}
+        return OracleRun(logprobs, attended, fresh, inputs)
 
     def block_scores(self, run: OracleRun, layer_id: int, head: int, token: int) -> Tensor:
-        """float32 [token // 128 + 1]: the scores that one (token, head) of a layer gives its candidate blocks."""
+        """float32 [token // 128 + 1]: the scores of one (token, head)'s candidate blocks."""
         hidden, cos, sin = run.inputs[layer_id]
         indexer = self._model.model.language_model.layers[layer_id].self_attn.indexer
         dim = indexer.head_dim
         with torch.inference_mode():
             query = indexer.q_norm(indexer.q_proj(hidden[:, token : token + 1]).view(1, 1, -1, dim))
             keys = indexer.k_norm(indexer.k_proj(hidden[:, : token + 1]).view(1, token + 1, 1, dim))
-            here = slice(token, token + 1)
+            here, past = slice(token, token + 1), slice(token + 1)
             query, _ = apply_rotary_pos_emb(query, query, cos[:, here], sin[:, here], unsqueeze_dim=2)
-            keys, _ = apply_rotary_pos_emb(keys, keys, cos[:, : token + 1], sin[:, : token + 1], unsqueeze_dim=2)
+            keys, _ = apply_rotary_pos_emb(keys, keys, cos[:, past], sin[:, past], unsqueeze_dim=2)
             scores = keys[0, :, 0] @ query[0, 0, head]
         return torch.stack([block.max() for block in scores.split(BLOCK)])
 
