@@ -306,7 +306,11 @@ class _ByteDecoder:
 
 
 class _DiffDecoder:
-    """Any other decoder: a token's text is what it adds to the text of the few tokens before it."""
+    """Any other decoder: a token's text is what it adds to the text of the few tokens before it.
+
+    Such a decoder may judge broken bytes by what follows them: there the number of U+FFFD may differ from
+    decode's.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
