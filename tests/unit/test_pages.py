@@ -1,4 +1,4 @@
-"""The page pool: no page lost, none handed out twice, and found only under the tokens and namespace it was made for."""
+"""The page pool: no page lost, none handed out twice, each found only under its own tokens and namespace."""
 
 from __future__ import annotations
 

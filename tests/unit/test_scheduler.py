@@ -1,7 +1,7 @@
 """The scheduler and the step loop against an executor that models a worker's memory and checks every plan.
 
-The executor knows no maths: the next token is a hash of all tokens before it. But it stores, for every page, which
-tokens under which prefix were written, so a request that reads a page it should not read is caught at once.
+The executor knows no maths: the next token is a hash of all tokens before it. But it stores, for every page,
+which tokens under which prefix were written, so a request that reads a page it should not read is caught.
 """
 
 from __future__ import annotations
@@ -165,9 +165,7 @@ class CheckingExecutor:
             page_id = request.block_table[position // PAGE_SIZE]
             if position % PAGE_SIZE == 0 or position == row.num_computed_tokens:
                 holders = [other for other in self._slots.values() if page_id in other.block_table]
-                assert holders == [request], (
-                    f"page {page_id} is written while {len(holders)} requests hold it"
-                )
+                assert holders == [request], f"page {page_id} is written while {len(holders)} requests hold it"
             if position % PAGE_SIZE == 0:
                 self._pages[page_id] = PageContent(digest(request.token_ids[:position], 0), [])
             content = self._pages[page_id].token_ids
@@ -180,9 +178,7 @@ class CheckingExecutor:
         for index, row in enumerate(plan.rows):
             request = self._slots[row.slot]
             end = row.num_computed_tokens + row.num_scheduled_tokens
-            decode_rows.append(
-                row.num_scheduled_tokens == 1 and row.num_computed_tokens >= request.prompt_len
-            )
+            decode_rows.append(row.num_scheduled_tokens == 1 and row.num_computed_tokens >= request.prompt_len)
             if request.sampling.prompt_logprobs is not None and row.num_computed_tokens < request.prompt_len:
                 known = range(row.num_computed_tokens + 1, min(end + 1, request.prompt_len))
                 result.prompt_logprobs[index] = [logprob(request.token_ids[: p + 1]) for p in known]
@@ -252,12 +248,8 @@ def expected(request: EngineRequest) -> Received:
     return received
 
 
-def make_config(**kwargs: object) -> EngineConfig:
-    return EngineConfig.from_kwargs("model", probe_interval=0, **kwargs)
-
-
 def make_core(num_pages: int = 16, **kwargs: object) -> tuple[EngineCore, CheckingExecutor]:
-    config = make_config(**kwargs)
+    config = EngineConfig.from_kwargs("model", probe_interval=0, **kwargs)
     executor = CheckingExecutor(config, num_pages)
     return EngineCore(config, executor), executor
 
@@ -336,10 +328,8 @@ LIMITS = st.fixed_dictionaries(
     }
 )
 TIGHT = {"num_pages": 4, "max_num_batched_tokens": 257, "max_num_seqs": 8, "enable_prefix_caching": True}
-GROWING = [
-    make_request(f"r{i}", 100 + i, max_tokens=300, ignore_eos=True, prompt_logprobs=0) for i in range(5)
-]
-FAST = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+GROWING = [make_request(f"r{i}", 100 + i, max_tokens=300, ignore_eos=True, prompt_logprobs=0) for i in range(5)]
+FAST = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @FAST
@@ -473,23 +463,23 @@ def test_prompt_logprobs_need_every_position_computed() -> None:
 
 
 def test_prompt_logprobs_survive_preemption_half_way() -> None:
-    core, _ = make_core(num_pages=4, max_num_batched_tokens=64, enable_prefix_caching=True)
-    requests = [
-        make_request("old", 60, max_tokens=330, ignore_eos=True),
-        make_request("young", 200, max_tokens=4, ignore_eos=True, prompt_logprobs=0),
-    ]
+    core, executor = make_core(num_pages=4, max_num_batched_tokens=2)
+    old = make_request("old", 120, max_tokens=200, ignore_eos=True)
+    young = make_request("young", [8] * 200, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
     answers: dict[str, Received] = {}
-    core.add_request(requests[0])
-    step(core, answers)
-    core.add_request(requests[1])
-    step(core, answers)
-    step(core, answers)
-    young = core.scheduler.running[1]
-    assert young.prompt_logprobs is not None and 1 < len(young.prompt_logprobs) < 200
-    # Nothing short of a full pool preempts; take its pages away as a full pool would.
-    core.scheduler._preempt(young)
+    core.add_request(old)
+    while not executor.plans or not executor.plans[-1].num_decode_rows:
+        step(core, answers)
+    core.add_request(young)
+    while not core.stats.preemptions:
+        step(core, answers)
+    [state] = core.scheduler.waiting
+    assert state.prompt_logprobs is not None and 128 < len(state.prompt_logprobs) < 200
     finish(core, answers)
-    assert all(same(answers[request.request_id], expected(request)) for request in requests)
+    assert all(same(answers[request.request_id], expected(request)) for request in (old, young))
+    # It re-enters on the page whose log-probabilities are all there.
+    again = [row for plan in executor.plans for row in plan.rows if plan.new and row.slot == plan.new[0].slot]
+    assert [row.num_computed_tokens for row in again] == [0, 0, 128]
 
 
 def test_new_namespace_hides_the_pages_of_before_and_of_running_requests() -> None:
@@ -526,9 +516,7 @@ def test_stop_token_is_delivered_and_named() -> None:
     core, _ = make_core()
     answer = run(core, request)["r"]
     assert answer.stop_token_id == answer.token_ids[-1] and answer.stop_token_id in EOS_TOKEN_IDS
-    later = run(core, make_request("later", 20, max_tokens=400, min_tokens=len(answer.token_ids) + 20))[
-        "later"
-    ]
+    later = run(core, make_request("later", 20, max_tokens=400, min_tokens=len(answer.token_ids) + 20))["later"]
     assert len(later.token_ids) > len(answer.token_ids) + 20
 
 
