@@ -84,7 +84,7 @@ _HTTP_CODES = {404: "unknown_route", 405: "method_not_allowed"}
 
 def is_expected(error: BaseException) -> bool:
     """Whether the table knows this exception; one that it does not know is a bug and belongs in the log."""
-    return isinstance(error, HTTPException | tuple(kind for kind, _ in _TABLE))
+    return isinstance(error, (HTTPException, *(kind for kind, _ in _TABLE)))
 
 
 def answer(error: BaseException) -> ErrorAnswer:

@@ -83,7 +83,7 @@ class RequestBody(BaseModel):
             return RequestError(
                 f"{name} is not supported: {reason}", param=name, code="unsupported_parameter"
             )
-        close = difflib.get_close_matches(name.rpartition(".")[2], cls.model_fields, n=1)
+        close = difflib.get_close_matches(name, cls.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return RequestError(f"unknown field {name!r}{hint}", param=name, code="unknown_parameter")
 
