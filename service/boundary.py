@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import RequestError
 from service.errors import BodyTooLarge, ErrorAnswer, UnsupportedMediaType, answer, is_expected
+from service.metrics import HTTP_REQUESTS, IngressSeries
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Boundary:
     """ASGI middleware around the whole application.
 
     Serve's own middleware makes or echoes x-request-id in the answer; here it is only checked and logged.
+    A handler that leaves its IngressSeries in `request.state.series` has its refusals counted.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -36,11 +38,12 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        status: int | None = None
 
         async def watched_send(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
             await send(message)
 
         request_id = Headers(scope=scope).get("x-request-id", "")
@@ -51,9 +54,16 @@ class Boundary:
             return  # nobody is left to answer
         except Exception as error:
             refusal = report(error, request_id[:MAX_REQUEST_ID_CHARS])
-            if started:
+            if status is not None:
                 raise  # a broken body must not look complete
-            await send_answer(refusal, send)
+            series: IngressSeries | None = scope.get("state", {}).get("series")
+            if series is not None:
+                series.count_refusal(refusal.code)
+            await send_answer(refusal, watched_send)
+        finally:
+            # Left out: requests whose client went away before an answer began.
+            if status is not None:
+                HTTP_REQUESTS.labels(getattr(scope.get("route"), "path", "unknown"), str(status)).inc()
 
 
 def check_request_id(request_id: str) -> str:
@@ -85,9 +95,7 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int) -> bytes:
         media_type.startswith("application/") and media_type.endswith("+json")
     ):
         given = repr(media_type[:MAX_REQUEST_ID_CHARS]) if media_type else "none"
-        raise UnsupportedMediaType(
-            f"content-type must be application/json, got {given}", code="unsupported_media_type"
-        )
+        raise UnsupportedMediaType(f"content-type must be application/json, got {given}", code="unsupported_media_type")
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(f"{declared} bytes", max_bytes)

@@ -40,7 +40,7 @@ class ErrorDetail(msgspec.Struct, frozen=True):
     message: str
     type: str
     param: str | None
-    code: str | None
+    code: str
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -56,6 +56,11 @@ class ErrorAnswer:
     status: int
     body: ErrorBody
     headers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def code(self) -> str:
+        """The machine-readable reason, from a fixed set."""
+        return self.body.error.code
 
     def json(self) -> bytes:
         return msgspec.json.encode(self.body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from types import TracebackType
 
 import msgspec
 
@@ -12,6 +13,7 @@ from engine.types import EngineRequest, RequestEvent
 from service import sse
 from service.boundary import report
 from service.completion import Choice, TokenizedPrompt, chunk_usage, usage_of
+from service.metrics import RequestTimer
 from service.protocol import Completion, CompletionRequest
 from service.stream import EngineClient
 
@@ -64,7 +66,7 @@ class EventMerge:
 class CompletionRun:
     """One POST /v1/completions on its way through the engine: an asynchronous context that owns its requests.
 
-    head: the envelope of the answer, without choices.
+    engine_requests, timers: one per choice.  head: the envelope of the answer, without choices.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class CompletionRun:
         prompts: Sequence[TokenizedPrompt],
         engine_requests: Sequence[EngineRequest],
         *,
+        timers: Sequence[RequestTimer],
         head: Completion,
         client: EngineClient,
     ) -> None:
@@ -80,6 +83,7 @@ class CompletionRun:
         self._request = request
         self._prompts = prompts
         self._engine_requests = engine_requests
+        self._timers = timers
         self._head = head
         self._client = client
         self._choices = [
@@ -88,13 +92,23 @@ class CompletionRun:
         ]
         self._num_open = len(self._choices)
         self._news: list[Choice] = []
+        self._begun = False
+        self._failed = False
 
     async def __aenter__(self) -> CompletionRun:
         self._merge = EventMerge([self._client.generate(request) for request in self._engine_requests])
         return self
 
-    async def __aexit__(self, *_exc: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._merge.close()
+        failed = self._failed or isinstance(error, Exception)
+        if failed and not self._begun:
+            return  # refused: counted as such, never run
+        for choice, timer in zip(self._choices, self._timers, strict=True):
+            # What has not ended by now was abandoned by the client or lost by us.
+            timer.finished(choice.finish_reason or ("error" if failed else "abort"))
 
     async def start(self) -> None:
         """Wait for the first events: what goes wrong before them can still become an HTTP status."""
@@ -105,6 +119,7 @@ class CompletionRun:
         while self._num_open:
             await self._advance()
         choices = [choice.take() for choice in self._choices]
+        self._sent(self._choices)
         return msgspec.structs.replace(
             self._head,
             choices=[choice for choice in choices if choice is not None],
@@ -120,16 +135,22 @@ class CompletionRun:
             while self._num_open:
                 if piece := self._chunks():
                     yield piece
+                    self._sent(self._news)
                 self._news = await self._advance()
             last = self._chunks() + self._usage_chunk()
         except Exception as error:  # the status line is out: the error travels in the stream
+            self._failed = True
+            self._news = []
             last = sse.event(report(error, self._head.id).body)
         yield last + sse.DONE
+        self._sent(self._news)
 
     async def _advance(self) -> list[Choice]:
         """Take what the engine sent; returns the choices that it was for."""
         touched: dict[int, Choice] = {}
-        for index, event in await self._merge.get():
+        arrived = await self._merge.get()
+        self._begun = True
+        for index, event in arrived:
             choice = self._choices[index]
             if choice.finish_reason is not None:
                 continue  # sent before the engine heard of a stop string
@@ -139,6 +160,10 @@ class CompletionRun:
                 if event.finish_reason is None:
                     self._merge.stop(index)
         return list(touched.values())
+
+    def _sent(self, choices: Sequence[Choice]) -> None:
+        for choice in choices:
+            self._timers[choice.index].sent()
 
     def _chunks(self) -> bytes:
         usage = chunk_usage(self._request, self._prompts, self._choices)

@@ -26,6 +26,7 @@ from service.boundary import Boundary, read_body
 from service.completion import TokenizedPrompt
 from service.errors import NotFound, answer
 from service.generation import CompletionRun
+from service.metrics import IngressSeries
 from service.protocol import (
     Completion,
     CompletionRequest,
@@ -78,6 +79,7 @@ class Ingress:
         # Long prompts are encoded beside the event loop, so that health checks and streams go on.
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._created = int(time.time())
+        self._series = IngressSeries(settings.model_name)
         self._client = EngineClient(settings)
         await self._client.start(engine)
 
@@ -108,16 +110,18 @@ class Ingress:
 
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
+        request.state.series = self._series
         body = CompletionRequest.parse(await self._read(request))
         self._check_model(body.model)
         body.check(max_choices=self._settings.max_prompts)
+        timers = [self._series.timer() for _ in range(len(body.prompt) * body.num_choices_per_prompt)]
         sampling = body.sampling()
         info = await self._client.info()
         _check_vocabulary(sampling, info.vocab_size)
         prompts = await self._tokenize(body.prompt, info, add_special_tokens=body.add_special_tokens)
         head = self._head("cmpl", info)
         requests = _engine_requests(head.id, prompts, sampling, body.num_choices_per_prompt)
-        run = CompletionRun(body, prompts, requests, head=head, client=self._client)
+        run = CompletionRun(body, prompts, requests, timers=timers, head=head, client=self._client)
         if body.stream:
             return EventStream(run)
         async with run:
@@ -149,9 +153,7 @@ class Ingress:
     def _check_model(self, name: str | None) -> None:
         served = self._settings.model_name
         if name is not None and name != served:
-            raise NotFound(
-                f"model {name!r} is not served here, only {served!r}", param="model", code="model_not_found"
-            )
+            raise NotFound(f"model {name!r} is not served here, only {served!r}", param="model", code="model_not_found")
 
     async def _model_card(self) -> ModelCard:
         info = await self._client.info()

@@ -43,9 +43,7 @@ _WANTED = {
 class RequestBody(BaseModel):
     """Base of all request bodies. `parse` is the way in."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
     # Fields of the same API elsewhere that are not honoured here, with the reason.
     refused: ClassVar[dict[str, str]] = {}
@@ -80,9 +78,7 @@ class RequestBody(BaseModel):
     @classmethod
     def _unknown_field(cls, name: str) -> RequestError:
         if reason := cls.refused.get(name):
-            return RequestError(
-                f"{name} is not supported: {reason}", param=name, code="unsupported_parameter"
-            )
+            return RequestError(f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
         close = difflib.get_close_matches(name, cls.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return RequestError(f"unknown field {name!r}{hint}", param=name, code="unknown_parameter")
@@ -225,9 +221,7 @@ class CompletionRequest(RequestBody):
         return SamplingParams(**given)
 
 
-_SAMPLING_FIELDS = tuple(
-    sorted(CompletionRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys())
-)
+_SAMPLING_FIELDS = tuple(sorted(CompletionRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys()))
 
 
 def parse_prompts(value: Any) -> list[Prompt]:
@@ -242,13 +236,9 @@ def parse_prompts(value: Any) -> list[Prompt]:
     kind = type(value[0])
     for i, prompt in enumerate(value):
         if kind not in (str, list) or type(prompt) is not kind:
-            raise _prompt_type(
-                f"prompt must hold only strings or only lists of token ids, got {quote(prompt)} at {i}"
-            )
+            raise _prompt_type(f"prompt must hold only strings or only lists of token ids, got {quote(prompt)} at {i}")
         if not prompt:
-            raise RequestError(
-                f"prompt {i} is empty: it needs at least one token", param="prompt", code="empty_prompt"
-            )
+            raise RequestError(f"prompt {i} is empty: it needs at least one token", param="prompt", code="empty_prompt")
         if kind is list:
             for j, token in enumerate(prompt):
                 # Exactly int: true would pass as an instance of it.
@@ -288,9 +278,7 @@ def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
     if min(token_ids) >= 0 and max(token_ids) < vocab_size:
         return
     i, token = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocab_size)
-    raise RequestError(
-        f"{param} has token id {quote(token)} at {i}, ids must be in [0, {vocab_size - 1}]", param=param
-    )
+    raise RequestError(f"{param} has token id {quote(token)} at {i}, ids must be in [0, {vocab_size - 1}]", param=param)
 
 
 class TokenizeRequest(RequestBody):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from types import TracebackType
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -25,7 +26,9 @@ class EventSource(Protocol):
 
     async def __aenter__(self) -> Self: ...
 
-    async def __aexit__(self, *_exc: object) -> None: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     async def start(self) -> None:
         """Get ready for the first piece. What it raises becomes a real HTTP status."""
