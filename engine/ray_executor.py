@@ -192,21 +192,21 @@ class RayExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         """Send one step to every rank."""
-        self._check_alive()
+        self.check_alive()
         frames = pack(self._token, Header(Kind.STEP, self._epoch, plan.step_id), encode(plan))
         try:
             for plan_socket in self._plan_sockets:
                 plan_socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             self._fail("a rank does not read its steps")
-            self._check_alive()
+            self.check_alive()
         self._outstanding.append(_Outstanding(plan.step_id, time.monotonic() + self._step_timeout_s))
 
     def collect(self) -> StepResult:
         """Rank 0's answer to the oldest step that was submitted."""
         step = self._outstanding.popleft()
         while True:
-            self._check_alive()
+            self.check_alive()
             left_s = step.deadline - time.monotonic()
             if left_s <= 0:
                 self._fail(f"step {step.step_id} took longer than {self._step_timeout_s:g} s")
@@ -231,7 +231,8 @@ class RayExecutor:
         """Messages without the group's token, or that did not decode, on the reply socket."""
         return self._gate.dropped
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise EngineDead when the group is gone or closed. Any thread."""
         if self._closing:
             raise EngineDead("the executor is closed")
         if self._cause is not None:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import zmq
@@ -21,7 +21,9 @@ from engine.errors import M3Error
 
 TOKEN_BYTES = 16
 MAX_MESSAGE_BYTES = 256 * 2**20
+HEARTBEAT_MS = 5000
 _HEADER = struct.Struct("<BQQ")
+S = TypeVar("S", bound=zmq.Socket[Any])
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -94,8 +96,8 @@ class Gate:
 
 
 def bind_pull(
-    context: zmq.Context[Any], *, directory: Path | None, name: str, host: str
-) -> tuple[zmq.Socket[Any], str]:
+    context: zmq.Context[S], *, directory: Path | None, name: str, host: str
+) -> tuple[S, str]:
     """A bound PULL socket and its endpoint: ipc inside `directory` when both ends can see it, else tcp on `host`."""
     bound = context.socket(zmq.PULL)
     bound.setsockopt(zmq.LINGER, 0)
@@ -106,10 +108,13 @@ def bind_pull(
     return bound, endpoint
 
 
-def connect_push(context: zmq.Context[Any], endpoint: str, *, max_queued: int = 1000) -> zmq.Socket[Any]:
+def connect_push(context: zmq.Context[S], endpoint: str, *, max_queued: int = 1000) -> S:
     """A PUSH socket to `endpoint`. A non-blocking send raises zmq.Again when `max_queued` messages are waiting."""
     pusher = context.socket(zmq.PUSH)
     pusher.setsockopt(zmq.LINGER, 0)
     pusher.setsockopt(zmq.SNDHWM, max_queued)
+    # A peer whose machine is gone, or that is stopped, closes nothing: only silence tells.
+    pusher.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    pusher.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6 * HEARTBEAT_MS)
     pusher.connect(endpoint)
     return pusher

@@ -3,3 +3,53 @@
 `service.ingress.Ingress` is the FastAPI class (decorated with `@serve.ingress`, not with `@serve.deployment`);
 its constructor is `Ingress(settings: ServiceSettings, engine: DeploymentHandle)`.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from service.ingress import Ingress
+from service.replica import EngineReplica
+from service.settings import ServiceSettings
+
+# Calls beyond what the engine runs and queues: refusals take a moment, probes and health checks come on top.
+SPARE_ONGOING_CALLS = 256
+INGRESS_MAX_ONGOING_REQUESTS = 4096
+
+
+def build(settings: ServiceSettings) -> serve.Application:
+    """The application of these settings. In Serve YAML they are the `args`."""
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        num_replicas=settings.ingress_replicas,
+        max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
+        **_common_options(settings),
+    )
+    application: serve.Application = ingress.bind(settings, build_engine(settings))
+    return application
+
+
+def build_engine(settings: ServiceSettings) -> serve.Application:
+    """The engine replicas alone, for callers that talk to them through an EngineClient."""
+    settings.engine_config()
+    engine = serve.deployment(EngineReplica).options(
+        name="Engine",
+        num_replicas=settings.replicas,
+        max_ongoing_requests=settings.max_live_requests + SPARE_ONGOING_CALLS,
+        **_common_options(settings),
+    )
+    application: serve.Application = engine.bind(settings)
+    return application
+
+
+def _common_options(settings: ServiceSettings) -> dict[str, Any]:
+    # For these processes alone: Ray's own also import prometheus_client, and would write there.
+    variables = {"PROMETHEUS_MULTIPROC_DIR": settings.metrics_dir} if settings.metrics_dir else {}
+    return {
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": 0, "runtime_env": {"env_vars": variables}},
+        "health_check_period_s": settings.health_check_period_s,
+        "health_check_timeout_s": settings.health_check_timeout_s,
+        "graceful_shutdown_timeout_s": settings.graceful_shutdown_timeout_s,
+    }

@@ -61,6 +61,10 @@ class ServiceSettings(BaseSettings):
     served_model_name: str | None = Field(
         default=None, description="model name in the API; default: the last part of the model directory"
     )
+    data_host: str | None = Field(
+        default=None,
+        description="address where the token sockets listen; default: that of the node. 127.0.0.1 on a one-node cluster",
+    )
     host: str = Field(default="127.0.0.1", description="address of the HTTP server (CLI; Serve YAML has its own)")
     port: int = Field(default=8000, ge=0, le=65535, description="port of the HTTP server; 0: any free one (CLI)")
     replicas: int = Field(default=1, ge=1, description="engine replicas, each with its own worker group")

@@ -5,28 +5,190 @@ Loads no torch. All calls are made on the event loop that called `start`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from engine.types import EngineInfo, EngineRequest, RequestEvent
+import msgspec
+import ray
+import zmq
+import zmq.asyncio
+
+from engine.errors import EngineDead, M3Error, Overloaded
+from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
+from engine.types import EngineInfo, EngineRequest, FinishReason, RequestEvent
+from ray.serve.exceptions import BackPressureError
+from service.batcher import Batcher
+from service.messages import Abort, Accepted, Ended, StepEvents, Submit, SubmitReply
+from service.metrics import IngressSeries
 from service.settings import ServiceSettings
+
+log = logging.getLogger(__name__)
+
+PROBE_PERIOD_S = 2.0
+# A replica that does not answer a probe within this time does not count as ready.
+PROBE_TIMEOUT_S = 10.0
+# How often overdue submits are looked for.
+SWEEP_PERIOD_S = 0.5
+# The reply to a submit and the events travel on different paths: how long the last events may come after it.
+LAST_EVENTS_TIMEOUT_S = 2.0
+RETRY_BACKOFF_S = 0.25
+_info_decoder = msgspec.msgpack.Decoder(EngineInfo)
+_reply_decoder = msgspec.msgpack.Decoder(SubmitReply)
+
+
+class _Stream:
+    """One request of a caller, over all its attempts."""
+
+    def __init__(self, request: EngineRequest, max_undelivered_tokens: int) -> None:
+        self.request = request
+        self.token_ids = list(request.output_token_ids)
+        self.attempt_id = ""
+        self.num_retries = 0
+        self.ended = False
+        self._max_undelivered_tokens = max_undelivered_tokens
+        self._num_cached_tokens: int | None = None
+        self._pending: RequestEvent | None = None
+        self._error: M3Error | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, event: RequestEvent) -> bool:
+        """Take the engine's next event; False when one before it is missing."""
+        if event.index != len(self.token_ids):
+            return False
+        self.token_ids += event.token_ids
+        event.request_id = self.request.request_id
+        if self._num_cached_tokens is None:
+            self._num_cached_tokens = event.num_cached_tokens
+        # After a failover the replica may find tokens in its cache that this stream had delivered.
+        event.num_cached_tokens = self._num_cached_tokens
+        self.ended = event.finish_reason is not None
+        self._pending = event if self._pending is None else _merge(self._pending, event)
+        if len(self._pending.token_ids) > self._max_undelivered_tokens and not self.ended:
+            self._pending.finish_reason = FinishReason.ERROR
+            self._pending.error = (
+                f"the client reads too slowly: {len(self._pending.token_ids)} tokens wait for it, "
+                f"limit {self._max_undelivered_tokens} (max_undelivered_tokens)"
+            )
+            self.ended = True
+        self._wake.set()
+        return True
+
+    def fail(self, error: M3Error) -> None:
+        """End the stream with an exception, after what is still to be delivered."""
+        if not self.ended:
+            self.ended = True
+            self._error = error
+            self._wake.set()
+
+    async def next(self) -> RequestEvent:
+        """Everything that arrived since the last call, as one event. Waits while there is nothing.
+
+        The client's sweep ends a stream that no replica takes, and Serve replaces a replica that is stuck: both
+        end this wait.
+        """
+        while self._pending is None:
+            if self._error is not None:
+                raise self._error
+            self._wake.clear()
+            await self._wake.wait()
+        event, self._pending = self._pending, None
+        return event
+
+
+def _merge(first: RequestEvent, second: RequestEvent) -> RequestEvent:
+    """Both events as one; `first` is changed."""
+    first.token_ids += second.token_ids
+    if second.logprobs is not None:
+        first.logprobs = (first.logprobs or []) + second.logprobs
+    if second.prompt_logprobs is not None:
+        first.prompt_logprobs = second.prompt_logprobs
+    first.finish_reason = second.finish_reason
+    first.stop_token_id = second.stop_token_id
+    first.error = second.error
+    return first
+
+
+@dataclasses.dataclass(slots=True)
+class _Batch:
+    """One submit and what is known of it.
+
+    attempt_ids: of its requests.  deadline_s: when a replica must have accepted it.
+    """
+
+    submit_id: int
+    attempt_ids: list[str]
+    deadline_s: float
+    on_its_way: asyncio.Future[None]
+    call: asyncio.Task[None] | None = None
+    replica_id: str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class _Replica:
+    """Where to send aborts."""
+
+    socket: zmq.Socket[Any]
+    token: bytes
 
 
 class EngineClient:
     """Sends requests to engine replicas and yields their events. One per ingress process."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        raise NotImplementedError
+        self._settings = settings
+        self._series = IngressSeries(settings.model_name)
+        # Attempt ids are unique over all ingress processes.
+        self._client_id = f"{new_epoch():016x}"
+        self._epoch = new_epoch()
+        self._token = new_token()
+        self._gate = Gate(self._token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
+        self._streams: dict[str, _Stream] = {}
+        self._batches: dict[int, _Batch] = {}
+        self._replicas: dict[str, _Replica] = {}
+        self._batcher = Batcher(self._send)
+        self._num_attempts = 0
+        self._num_submits = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._info: EngineInfo | None = None
+        self._answered_at_s: float | None = None
+        self._probe_now = asyncio.Event()
+        self._closed = False
 
     async def start(self, handle: Any) -> None:
         """Bind the event socket and begin to watch the replicas behind `handle` (a Serve DeploymentHandle)."""
-        raise NotImplementedError
+        self._handle = handle
+        self._context: zmq.Context[Any] = zmq.Context()
+        host = self._settings.data_host or ray.util.get_node_ip_address()
+        self._socket, self._endpoint = bind_pull(
+            zmq.asyncio.Context(self._context), directory=None, name="events", host=host
+        )
+        for work in (self._read_events(), self._probe(), self._sweep()):
+            self._tasks.append(asyncio.create_task(work))
 
     async def close(self) -> None:
         """End every stream with EngineDead and free the sockets. Safe to call twice."""
-        raise NotImplementedError
+        if self._closed:
+            return
+        self._closed = True
+        calls = [batch.call for batch in self._batches.values() if batch.call is not None]
+        for task in (*self._tasks, *calls):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *calls, return_exceptions=True)
+        for stream in self._streams.values():
+            stream.fail(EngineDead("the service is shutting down"))
+        self._streams.clear()
+        # Every socket by hand: a context waits for ever for one that it does not know of.
+        self._socket.close(linger=0)
+        for replica in self._replicas.values():
+            replica.socket.close(linger=0)
+        self._context.term()
 
-    def generate(self, request: EngineRequest) -> AsyncGenerator[RequestEvent, None]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[RequestEvent, None]:
         """Events of one request, in order and without gaps; the last one has a finish_reason.
 
         The request leaves at the first `__anext__`: streams that are started in one turn of the event loop (the
@@ -38,12 +200,250 @@ class EngineClient:
         event, and EngineDead when no replica answers or the retry limit is used up, at any point. A finish_reason
         ERROR comes with `event.error`.
         """
-        raise NotImplementedError
+        stream = _Stream(request, self._settings.max_undelivered_tokens)
+        self._queue(stream)
+        try:
+            while True:
+                event = await stream.next()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            stream.ended = True
+            self._abort([stream.attempt_id])
 
     async def info(self) -> EngineInfo:
         """What the engine resolved at load; cached. Raises EngineDead when no replica answers in time."""
-        raise NotImplementedError
+        if self._info is None:
+            try:
+                await asyncio.wait_for(self._ask_info(), PROBE_TIMEOUT_S)
+            except Exception as error:
+                raise EngineDead(f"no engine replica answers: {error!r}") from error
+        assert self._info is not None
+        return self._info
 
     def ready(self) -> bool:
         """Whether some replica answered lately."""
-        raise NotImplementedError
+        return self._answered_at_s is not None and (
+            time.monotonic() - self._answered_at_s < PROBE_TIMEOUT_S + PROBE_PERIOD_S
+        )
+
+    @property
+    def num_dropped(self) -> int:
+        """Messages on the event socket that were not let in."""
+        return self._gate.dropped
+
+    # --- sending ----------------------------------------------------------------------------------------------
+
+    def _queue(self, stream: _Stream) -> None:
+        """Give the stream a new attempt and send it with the next batch."""
+        if stream.ended:
+            return
+        if self._closed:
+            stream.fail(EngineDead("the service is shutting down"))
+            return
+        self._num_attempts += 1
+        stream.attempt_id = f"{self._client_id}.{self._num_attempts:x}"
+        self._streams[stream.attempt_id] = stream
+        self._batcher.add(stream)
+
+    def _send(self, streams: list[_Stream]) -> asyncio.Future[None]:
+        """Start one submit; the future is done when a replica has it, or none will."""
+        on_its_way: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        live = [stream for stream in streams if not stream.ended]
+        if not live:
+            on_its_way.set_result(None)
+            return on_its_way
+        self._num_submits += 1
+        # Streams that a client already reads wait longer: there is nothing better to tell it.
+        resubmits = all(stream.num_retries for stream in live)
+        limit_s = self._settings.failover_timeout_s if resubmits else self._settings.submit_timeout_s
+        batch = _Batch(
+            self._num_submits,
+            [stream.attempt_id for stream in live],
+            time.monotonic() + limit_s,
+            on_its_way,
+        )
+        self._batches[batch.submit_id] = batch
+        requests = [
+            dataclasses.replace(s.request, request_id=s.attempt_id, output_token_ids=s.token_ids) for s in live
+        ]
+        payload = encode(Submit(batch.submit_id, self._endpoint, self._token, requests))
+        batch.call = asyncio.create_task(self._call(batch, payload))
+        return on_its_way
+
+    async def _call(self, batch: _Batch, payload: bytes) -> None:
+        """The submit itself: open until all its requests have ended, wherever their events went."""
+        try:
+            reply = _reply_decoder.decode(await self._submit(payload))
+            if reply.dead is not None:
+                self._lost(batch, reply.dead)
+            else:
+                await self._settle(batch, reply)
+        except BackPressureError as error:
+            for stream in self._open_streams(batch):
+                stream.fail(Overloaded(str(error), retry_after_s=1.0))
+        except Exception as error:
+            # Whatever Ray raises for a replica that died or cannot be reached.
+            self._lost(batch, f"{type(error).__name__}: {error}")
+        finally:
+            del self._batches[batch.submit_id]
+            _set_done(batch.on_its_way)
+
+    async def _submit(self, payload: bytes) -> bytes:
+        response = self._handle.submit.remote(payload)
+        try:
+            reply: bytes = await response
+        except asyncio.CancelledError:
+            # Otherwise a call that waits for a replica would still reach the next one.
+            response.cancel()
+            raise
+        return reply
+
+    def _open_streams(self, batch: _Batch) -> list[_Stream]:
+        return [self._streams.pop(name) for name in batch.attempt_ids if name in self._streams]
+
+    def _lost(self, batch: _Batch, cause: str) -> None:
+        """The replica of a batch is gone: move what it had not finished."""
+        log.warning("engine replica %s lost: %s", batch.replica_id, cause.splitlines()[0])
+        if batch.replica_id is not None and (replica := self._replicas.pop(batch.replica_id, None)) is not None:
+            replica.socket.close(linger=0)
+        self._answered_at_s = None
+        self._probe_now.set()
+        for stream in self._open_streams(batch):
+            self._retry(stream, cause)
+
+    def _retry(self, stream: _Stream, cause: str) -> None:
+        if stream.ended:
+            return
+        if stream.num_retries >= self._settings.retry_limit:
+            stream.fail(EngineDead(f"given up after {stream.num_retries} resubmissions: {cause}"))
+            return
+        stream.num_retries += 1
+        self._series.count_failover()
+        # The routers may not know yet that the replica is gone: the first retry is almost at once, later ones wait.
+        delay_s = RETRY_BACKOFF_S * (2 ** (stream.num_retries - 1))
+        asyncio.get_running_loop().call_later(delay_s, self._queue, stream)
+
+    async def _settle(self, batch: _Batch, reply: SubmitReply) -> None:
+        """Compare the replica's account of a finished submit with what arrived, and fetch what is missing."""
+        open_until_s = time.monotonic() + LAST_EVENTS_TIMEOUT_S
+        while any(name in self._streams for name in batch.attempt_ids) and time.monotonic() < open_until_s:
+            for ended in reply.ended:
+                if ended.refusal is not None and (stream := self._streams.pop(ended.request_id, None)):
+                    stream.fail(ended.refusal.error())
+            await asyncio.sleep(0.01)
+        accounts = {ended.request_id: ended for ended in reply.ended}
+        for name in batch.attempt_ids:
+            if (stream := self._streams.pop(name, None)) is not None:
+                self._retry(stream, _describe_gap(stream, accounts.get(name)))
+
+    # --- receiving --------------------------------------------------------------------------------------------
+
+    async def _read_events(self) -> None:
+        while True:
+            message = self._gate.admit(await self._socket.recv_multipart())
+            if message is None:
+                log.warning("dropped %d foreign messages so far", self._gate.dropped)
+                continue
+            body = message[1]
+            if isinstance(body, Accepted):
+                self._accept(body)
+                continue
+            for event in body.events:
+                self._take(event)
+            for refusal in body.refusals:
+                if (stream := self._streams.pop(refusal.request_id, None)) is not None:
+                    stream.fail(refusal.error())
+
+    def _accept(self, accepted: Accepted) -> None:
+        batch = self._batches.get(accepted.submit_id)
+        if batch is None:
+            return
+        batch.replica_id = accepted.replica_id
+        self._answered_at_s = time.monotonic()
+        _set_done(batch.on_its_way)
+        if accepted.replica_id not in self._replicas:
+            self._replicas[accepted.replica_id] = _Replica(
+                connect_push(self._context, accepted.control_endpoint), accepted.control_token
+            )
+        # Their callers left before it was known where to send the abort.
+        self._send_abort(accepted.replica_id, [name for name in batch.attempt_ids if name not in self._streams])
+
+    def _take(self, event: RequestEvent) -> None:
+        attempt_id = event.request_id
+        stream = self._streams.get(attempt_id)
+        if stream is None:
+            return
+        if stream.push(event):
+            if event.finish_reason is not None:
+                del self._streams[attempt_id]
+            return
+        self._abort([attempt_id])
+        self._retry(stream, f"event {event.index} came where {len(stream.token_ids)} was due")
+
+    # --- aborting ---------------------------------------------------------------------------------------------
+
+    def _abort(self, attempt_ids: list[str]) -> None:
+        """Forget attempts; tell their replica about those that it still runs."""
+        for attempt_id in attempt_ids:
+            if self._streams.pop(attempt_id, None) is None:
+                continue
+            for batch in self._batches.values():
+                if attempt_id in batch.attempt_ids and batch.replica_id is not None:
+                    self._send_abort(batch.replica_id, [attempt_id])
+
+    def _send_abort(self, replica_id: str, attempt_ids: list[str]) -> None:
+        replica = self._replicas.get(replica_id)
+        if replica is None or not attempt_ids:
+            return
+        frames = pack(replica.token, Header(Kind.ABORT, self._epoch, 0), encode(Abort(attempt_ids)))
+        # A replica that does not read its aborts is about to be found dead.
+        with contextlib.suppress(zmq.Again):
+            replica.socket.send_multipart(frames, zmq.NOBLOCK)
+
+    # --- watching ---------------------------------------------------------------------------------------------
+
+    async def _ask_info(self) -> None:
+        self._info = _info_decoder.decode(await self._handle.info.remote())
+        self._answered_at_s = time.monotonic()
+
+    async def _probe(self) -> None:
+        """Ask some replica for a sign of life, now and then and when one was lost."""
+        while True:
+            self._probe_now.clear()
+            try:
+                await asyncio.wait_for(self._ask_info(), PROBE_TIMEOUT_S)
+            except Exception as error:
+                log.debug("no engine replica answers: %r", error)
+                self._answered_at_s = None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._probe_now.wait(), PROBE_PERIOD_S)
+
+    async def _sweep(self) -> None:
+        """Fail the streams of submits that no replica accepted in time."""
+        while True:
+            await asyncio.sleep(SWEEP_PERIOD_S)
+            now_s = time.monotonic()
+            for batch in list(self._batches.values()):
+                nobody_waits = not any(name in self._streams for name in batch.attempt_ids)
+                if batch.replica_id is not None or (now_s < batch.deadline_s and not nobody_waits):
+                    continue
+                for stream in self._open_streams(batch):
+                    stream.fail(EngineDead("no engine replica accepted the request in time"))
+                if batch.call is not None:
+                    batch.call.cancel()
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _describe_gap(stream: _Stream, account: Ended | None) -> str:
+    if account is None:
+        return "the replica did not account for the request"
+    return (
+        f"the replica ended the request ({account.finish_reason}) after {account.num_output_tokens} tokens, "
+        f"{len(stream.token_ids)} arrived"
+    )

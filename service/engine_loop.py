@@ -1,0 +1,157 @@
+"""The scheduler thread of an engine replica: the only one that calls EngineCore.
+
+It never touches sockets or the event loop; commands come in through a queue, outcomes leave through callbacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.engine import EngineCore
+from engine.errors import EngineDead, RequestError
+from engine.metrics import EngineStats
+from engine.types import EngineRequest, RequestEvent
+from service.messages import Refusal
+
+log = logging.getLogger(__name__)
+
+# An idle thread wakes this often to see whether its worker group still lives.
+IDLE_CHECK_S = 1.0
+# What a client of a full queue is told to wait.
+RETRY_AFTER_S = 1.0
+# Slack of the health check beyond the step deadline, which the executor enforces itself.
+HEALTH_SLACK_S = 5.0
+JOIN_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoopCallbacks:
+    """Called on the scheduler thread.
+
+    outcome: the events of one step, and requests refused since the last one.
+    stats: after each step.  death: once, with the cause, when the worker group is lost.
+    """
+
+    outcome: Callable[[list[RequestEvent], list[Refusal]], None]
+    stats: Callable[[EngineStats], None]
+    death: Callable[[str], None]
+
+
+class EngineLoop:
+    """Runs an EngineCore until it is closed or its worker group dies.
+
+    check_alive: raises EngineDead when the worker group is gone, also between steps.
+    max_live_requests: more than that are refused as Overloaded.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        callbacks: EngineLoopCallbacks,
+        *,
+        check_alive: Callable[[], None],
+        max_live_requests: int,
+        step_timeout_s: float,
+    ) -> None:
+        self._core = core
+        self._callbacks = callbacks
+        self._check_alive = check_alive
+        self._max_live_requests = max_live_requests
+        self._progress_limit_s = step_timeout_s + HEALTH_SLACK_S
+        self._commands: deque[list[EngineRequest] | list[str]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._dead: str | None = None
+        self._live: set[str] = set()
+        self._progress_at_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="m3-scheduler", daemon=True)
+        self._thread.start()
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        """Hand requests to the engine; refusals come with the next outcome. Any thread."""
+        self._commands.append(requests)
+        self._wake.set()
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests before the next step. Any thread."""
+        self._commands.append(request_ids)
+        self._wake.set()
+
+    def check_health(self) -> None:
+        """Raise EngineDead when the group is lost or the thread is stuck. O(1), any thread."""
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        silent_s = time.monotonic() - self._progress_at_s
+        if silent_s > self._progress_limit_s:
+            raise EngineDead(f"no engine step for {silent_s:.0f} s, limit {self._progress_limit_s:g} s")
+
+    def close(self) -> None:
+        """Stop the thread and the worker group. Safe to call twice."""
+        self._closing = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(JOIN_TIMEOUT_S)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._turn()
+        except EngineDead as error:
+            self._die(str(error))
+        except Exception as error:
+            # A bug here must not leave requests waiting for ever.
+            log.exception("the scheduler thread failed")
+            self._die(f"the scheduler thread failed: {error!r}")
+        finally:
+            self._core.close()
+
+    def _die(self, cause: str) -> None:
+        self._dead = cause
+        self._callbacks.death(cause)
+
+    def _turn(self) -> None:
+        self._progress_at_s = time.monotonic()
+        self._wake.clear()
+        refusals = self._take_commands()
+        if self._core.has_work():
+            events = self._core.step()
+            self._live.difference_update(e.request_id for e in events if e.finish_reason is not None)
+            self._callbacks.outcome(events, refusals)
+            self._callbacks.stats(self._core.stats)
+            return
+        if refusals:
+            self._callbacks.outcome([], refusals)
+        self._check_alive()
+        self._wake.wait(IDLE_CHECK_S)
+
+    def _take_commands(self) -> list[Refusal]:
+        refusals: list[Refusal] = []
+        while self._commands:
+            for item in self._commands.popleft():
+                if isinstance(item, str):
+                    self._core.abort(item)
+                elif (refusal := self._admit(item)) is not None:
+                    refusals.append(refusal)
+        return refusals
+
+    def _admit(self, request: EngineRequest) -> Refusal | None:
+        # A request that another replica began was accepted once: it is not refused for want of room.
+        if len(self._live) >= self._max_live_requests and not request.output_token_ids:
+            return Refusal(
+                request.request_id,
+                f"the queue is full: {len(self._live)} requests are running or waiting, "
+                f"limit {self._max_live_requests} (max_num_seqs + max_queued_requests)",
+                code="queue_full",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        try:
+            self._core.add_request(request)
+        except RequestError as error:
+            return Refusal(request.request_id, error.message, error.param, error.code)
+        self._live.add(request.request_id)
+        return None

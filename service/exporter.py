@@ -1,0 +1,58 @@
+"""Serves the series of all processes of one node to Prometheus: `python -m service.exporter --dir D --port 9400`.
+
+One exporter per pod: a counter asked for through a load balancer would jump between processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector
+
+
+class Exporter:
+    """An HTTP server with /metrics over the series files in `directory`.
+
+    Starting it removes older files: the series live as long as the exporter's process (the pod).
+    port: 0 takes a free one; `self.port` is the one taken.
+    """
+
+    def __init__(self, directory: Path, *, host: str = "127.0.0.1", port: int = 9400) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("*.db"):
+            old.unlink()
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=str(directory))
+        self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5.0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m service.exporter", description=__doc__)
+    parser.add_argument("--dir", type=Path, required=True, help="directory that the deployments write to")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=9400, help="port to listen on; 0: any free one")
+    args = parser.parse_args(argv)
+    exporter = Exporter(args.dir, host=args.host, port=args.port)
+    print(f"metrics: http://{args.host}:{exporter.port}/metrics", flush=True)
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: done.set())
+    done.wait()
+    exporter.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The engine replica: a Serve deployment that owns one worker group and answers submits.
+
+Everything here runs on the replica's event loop, except what EngineLoop runs on its own thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import ray
+import zmq
+import zmq.asyncio
+from ray import serve
+from zmq.utils.monitor import recv_monitor_message
+
+from engine.engine import EngineCore
+from engine.errors import EngineDead
+from engine.ray_executor import RayExecutor
+from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
+from engine.types import FinishReason, RequestEvent
+from service.engine_loop import EngineLoop, EngineLoopCallbacks
+from service.messages import Abort, Accepted, Ended, Refusal, StepEvents, Submit, SubmitReply
+from service.metrics import EngineSeries
+from service.settings import ServiceSettings
+
+log = logging.getLogger(__name__)
+
+# After its group died, a replica answers its open submits within this time, then its process ends: Serve and the
+# routers notice a dead actor at once, an unhealthy one only after three health checks.
+EXIT_DELAY_S = 0.5
+_submit_decoder = msgspec.msgpack.Decoder(Submit)
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One ingress: where its events go."""
+
+    endpoint: str
+    token: bytes
+    socket: zmq.Socket[Any]
+    watcher: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a request that still runs has had so far."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Call:
+    """One submit that is still open."""
+
+    peer: _Peer
+    done: asyncio.Future[str | None]
+    running: dict[str, _Progress]
+    ended: list[Ended] = field(default_factory=list)
+
+
+class EngineReplica:
+    """Runs the requests of all ingresses on one worker group."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        config = settings.engine_config()
+        context = serve.get_replica_context()
+        self._replica_id = context.replica_tag
+        executor = RayExecutor(
+            config,
+            step_timeout_s=settings.step_timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            gpus_per_rank=settings.gpus_per_rank,
+        )
+        try:
+            core = EngineCore(config, executor)
+        except BaseException:
+            executor.close()
+            raise
+        self._info = core.info
+        self._worker_pids = executor.worker_pids
+        self._series = EngineSeries(settings.model_name, str(context.rank.rank), core.info)
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._dead: str | None = None
+        self._calls: dict[str, _Call] = {}
+        self._peers: dict[str, _Peer] = {}
+        self._epoch = new_epoch()
+        self._control_token = new_token()
+        self._gate = Gate(self._control_token, {Kind.ABORT: Abort})
+        self._data_host = settings.data_host or ray.util.get_node_ip_address()
+        self._engine = EngineLoop(
+            core,
+            EngineLoopCallbacks(outcome=self._on_outcome, stats=self._series.update, death=self._on_death),
+            check_alive=executor.check_alive,
+            max_live_requests=settings.max_live_requests,
+            step_timeout_s=settings.step_timeout_s,
+        )
+
+    # --- calls through the Serve handle -----------------------------------------------------------------------
+
+    async def submit(self, payload: bytes) -> bytes:
+        """Run the requests of a Submit; a SubmitReply when the last one has ended."""
+        self._start_sockets()
+        message = _submit_decoder.decode(payload)
+        if self._dead is not None:
+            return encode(SubmitReply([], self._dead))
+        peer = self._peer(message.endpoint, message.token)
+        call = _Call(
+            peer,
+            asyncio.get_running_loop().create_future(),
+            {r.request_id: _Progress(len(r.prompt_token_ids), len(r.output_token_ids)) for r in message.requests},
+        )
+        self._calls.update(dict.fromkeys(call.running, call))
+        accepted = Accepted(message.submit_id, self._replica_id, self._control_endpoint, self._control_token)
+        self._send(peer, Kind.ACCEPTED, accepted)
+        self._engine.add(message.requests)
+        try:
+            dead = await call.done
+        finally:
+            # The caller went away, if any are left.
+            self._abort(list(call.running))
+        return encode(SubmitReply(call.ended, dead))
+
+    async def info(self) -> bytes:
+        """EngineInfo: what the engine resolved at load."""
+        self._engine.check_health()
+        return encode(self._info)
+
+    async def worker_pids(self) -> list[int]:
+        """Processes of the worker group, rank 0 first (for operators and fault tests)."""
+        return list(self._worker_pids)
+
+    async def check_health(self) -> None:
+        """Raise EngineDead when this replica should be replaced. O(1)."""
+        self._start_sockets()
+        self._engine.check_health()
+
+    def __del__(self) -> None:
+        # Serve calls this when the replica stops, after its requests have drained.
+        if engine := getattr(self, "_engine", None):
+            engine.close()
+
+    # --- from the scheduler thread ----------------------------------------------------------------------------
+
+    def _on_outcome(self, events: list[RequestEvent], refusals: list[Refusal]) -> None:
+        if (events or refusals) and self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._deliver, events, refusals)
+
+    def _on_death(self, cause: str) -> None:
+        if self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._die, cause)
+
+    # --- on the event loop ------------------------------------------------------------------------------------
+
+    def _deliver(self, events: list[RequestEvent], refusals: list[Refusal]) -> None:
+        """Send one message per ingress, then close the submits that are complete."""
+        outgoing: dict[str, StepEvents] = {}
+        for event in events:
+            call = self._calls.get(event.request_id)
+            if call is None:
+                continue
+            outgoing.setdefault(call.peer.endpoint, StepEvents([], [])).events.append(event)
+            self._count(call, event)
+        for refusal in refusals:
+            call = self._calls.pop(refusal.request_id, None)
+            if call is None:
+                continue
+            outgoing.setdefault(call.peer.endpoint, StepEvents([], [])).refusals.append(refusal)
+            progress = call.running.pop(refusal.request_id)
+            call.ended.append(
+                Ended(
+                    refusal.request_id,
+                    progress.num_prompt_tokens,
+                    progress.num_output_tokens,
+                    0,
+                    None,
+                    refusal,
+                )
+            )
+            self._close_if_complete(call)
+        for endpoint, message in outgoing.items():
+            if endpoint in self._peers:
+                self._send(self._peers[endpoint], Kind.EVENTS, message)
+
+    def _count(self, call: _Call, event: RequestEvent) -> None:
+        progress = call.running[event.request_id]
+        progress.num_output_tokens = event.index + len(event.token_ids)
+        progress.num_cached_tokens = event.num_cached_tokens
+        if event.finish_reason is None:
+            return
+        del self._calls[event.request_id]
+        del call.running[event.request_id]
+        call.ended.append(
+            Ended(
+                event.request_id,
+                progress.num_prompt_tokens,
+                progress.num_output_tokens,
+                progress.num_cached_tokens,
+                FinishReason(event.finish_reason),
+            )
+        )
+        self._close_if_complete(call)
+
+    def _close_if_complete(self, call: _Call) -> None:
+        if not call.running and not call.done.done():
+            call.done.set_result(None)
+
+    def _die(self, cause: str) -> None:
+        self._dead = cause
+        log.error("replica %s: %s", self._replica_id, cause)
+        for call in {id(call): call for call in self._calls.values()}.values():
+            call.running.clear()
+            if not call.done.done():
+                call.done.set_result(cause)
+        self._calls.clear()
+        if self._event_loop is not None:
+            self._event_loop.call_later(EXIT_DELAY_S, self._exit)
+
+    def _exit(self) -> None:
+        self._engine.close()
+        os._exit(1)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        if request_ids:
+            self._engine.abort(request_ids)
+
+    # --- sockets ----------------------------------------------------------------------------------------------
+
+    def _start_sockets(self) -> None:
+        """Bind the control socket, on the event loop of the first call: the constructor has none."""
+        if self._event_loop is not None:
+            return
+        self._event_loop = asyncio.get_running_loop()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._control, self._control_endpoint = bind_pull(
+            zmq.asyncio.Context(self._context), directory=None, name="control", host=self._data_host
+        )
+        self._control_task = asyncio.create_task(self._read_control())
+        try:
+            self._engine.check_health()
+        except EngineDead as error:
+            self._die(str(error))
+
+    async def _read_control(self) -> None:
+        while True:
+            message = self._gate.admit(await self._control.recv_multipart())
+            if message is None:
+                log.warning("dropped %d foreign control messages so far", self._gate.dropped)
+                self._series.count_dropped_message()
+                continue
+            self._abort([request_id for request_id in message[1].request_ids if request_id in self._calls])
+
+    def _peer(self, endpoint: str, token: bytes) -> _Peer:
+        peer = self._peers.get(endpoint)
+        if peer is not None and peer.token == token:
+            return peer
+        if peer is not None:
+            self._forget(peer)
+        # A plain socket: sends never wait, so the loop needs no notice of it.
+        socket = connect_push(self._context, endpoint)
+        peer = _Peer(endpoint, token, socket)
+        peer.watcher = asyncio.create_task(self._watch(peer))
+        self._peers[endpoint] = peer
+        return peer
+
+    async def _watch(self, peer: _Peer) -> None:
+        """Abort the requests of an ingress that went away."""
+        monitor = zmq.asyncio.Socket(peer.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
+        await recv_monitor_message(monitor)
+        log.warning("ingress %s disconnected", peer.endpoint)
+        self._forget(peer)
+
+    def _send(self, peer: _Peer, kind: Kind, message: Any) -> None:
+        try:
+            peer.socket.send_multipart(pack(peer.token, Header(kind, self._epoch, 0), encode(message)), zmq.NOBLOCK)
+        except zmq.Again:
+            log.error("ingress %s does not read its events", peer.endpoint)
+            self._forget(peer)
+
+    def _forget(self, peer: _Peer) -> None:
+        """Abort what an ingress that cannot be reached had asked for."""
+        if self._peers.get(peer.endpoint) is peer:
+            del self._peers[peer.endpoint]
+        if peer.watcher is not None and peer.watcher is not asyncio.current_task():
+            peer.watcher.cancel()
+        peer.socket.disable_monitor()
+        peer.socket.close(linger=0)
+        self._abort([request_id for request_id, call in self._calls.items() if call.peer is peer])
