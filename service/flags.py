@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import types
 import typing
@@ -11,9 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from service.settings import ServiceSettings
 
+_ENGINE_FIELDS = frozenset(field.name for field in dataclasses.fields(EngineConfig))
 _INDEX_FIELDS = frozenset({"use_index_cache", "audit_interval", "probe_interval"})
 
 
@@ -55,7 +58,7 @@ def make_settings(**values: Any) -> ServiceSettings:
 def _group(name: str) -> str:
     if name.startswith("index_") or name in _INDEX_FIELDS:
         return "index cache"
-    return "model and engine" if name in ServiceSettings.engine_fields() else "service"
+    return "model and engine" if name in _ENGINE_FIELDS else "service"
 
 
 def _help(field: FieldInfo) -> str:
@@ -69,7 +72,7 @@ def _help(field: FieldInfo) -> str:
 
 def _kind(field: FieldInfo) -> type:
     """The plain type behind `X` or `X | None`."""
-    annotation = field.annotation
+    annotation: Any = field.annotation
     if isinstance(annotation, types.UnionType):
         [annotation] = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
     kind = typing.get_origin(annotation) or annotation

@@ -1,0 +1,218 @@
+"""Runs the whole service in the foreground: Ray, Serve, the application, the metrics exporter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.api import RunTarget
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
+
+from engine.errors import CheckpointError, ConfigError, M3Error
+from service.app import build
+from service.exporter import Exporter
+from service.settings import ServiceSettings
+
+APP_NAME = "m3serve"
+PROGRESS_PERIOD_S = 10.0
+POLL_S = 0.25
+# Serve's own controller, proxy and the replicas' bookkeeping, on top of what the deployments ask for.
+SPARE_CPUS = 4
+OBJECT_STORE_BYTES = 200 * 2**20
+
+
+class StartFailed(M3Error):
+    """The service did not come up for a reason that is no setting's fault."""
+
+
+def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> int:
+    """Start everything, wait for a signal, stop everything; returns the exit status.
+
+    settings: checked, with ports that are free.  plan: one letter per layer.  ray_address: None starts a
+    private Ray.
+    """
+    signals = _Signals()
+    with ExitStack() as stack:
+        try:
+            settings = stack.enter_context(_metrics(settings))
+            settings = stack.enter_context(_ray(settings, ray_address))
+            # After Ray, which installs a handler of its own that would end this process at once.
+            signals.install()
+            stack.enter_context(_application(settings, signals))
+            if not _wait_until_ready(settings, signals):
+                return 0
+        except StartFailed as error:
+            _say(f"error: {error}")
+            return 1
+        base = f"http://{_reachable(settings.host)}:{settings.port}/v1"
+        metrics = f"http://{_reachable(settings.host)}:{settings.metrics_port}/metrics"
+        print(f"m3serve ready: {base} model={settings.model_name} plan={plan} metrics={metrics}", flush=True)
+        while not signals.stop.wait(timeout=3600.0):
+            pass
+        _say("stopping: finishing what runs (Ctrl-C again to cut it off)")
+    _say("stopped")
+    return 0
+
+
+def _say(text: str) -> None:
+    """Progress, for the person at the terminal; stdout carries the ready line alone."""
+    print(f"m3serve: {text}", file=sys.stderr, flush=True)
+
+
+def _reachable(host: str) -> str:
+    """The address to show for a server that may listen on all interfaces."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{shown}]" if ":" in shown else shown
+
+
+@contextmanager
+def _metrics(settings: ServiceSettings) -> Iterator[ServiceSettings]:
+    """The exporter and the directory it reads. Yields the settings with what was chosen."""
+    own_dir = None if settings.metrics_dir else tempfile.mkdtemp(prefix="m3serve-metrics-")
+    directory = settings.metrics_dir or own_dir
+    assert directory is not None
+    exporter = Exporter(Path(directory), host=settings.host, port=settings.metrics_port)
+    try:
+        yield settings.model_copy(update={"metrics_dir": directory, "metrics_port": exporter.port})
+    finally:
+        exporter.close()
+        if own_dir is not None:
+            shutil.rmtree(own_dir, ignore_errors=True)
+
+
+@contextmanager
+def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSettings]:
+    """A private Ray on loopback, or a connection to the one at `address`."""
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield settings
+        finally:
+            ray.shutdown()
+        return
+    _say("starting Ray")
+    # Nothing about a private cluster is reported to anybody.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    wanted_cpus = settings.replicas * (1 + settings.tensor_parallel_size) + settings.ingress_replicas
+    # Unix socket paths are limited to 107 characters: the directory's name must be short.
+    directory = tempfile.mkdtemp(prefix="m3-", dir="/tmp")
+    try:
+        ray.init(
+            address="local",
+            # Logical ones: they place processes, they do not limit them.
+            num_cpus=max(os.cpu_count() or 1, wanted_cpus + SPARE_CPUS),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=directory,
+            _node_ip_address="127.0.0.1",
+        )
+        yield settings.model_copy(update={"data_host": settings.data_host or "127.0.0.1"})
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _application(settings: ServiceSettings, signals: _Signals) -> Iterator[None]:
+    """Serve and the application on it; at the end, what runs may finish."""
+    logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(
+        http_options={"host": settings.host, "port": settings.port},
+        proxy_location="HeadOnly",
+        logging_config=logging_config,
+    )
+    try:
+        target = RunTarget(build(settings), name=APP_NAME, route_prefix="/", logging_config=logging_config)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        yield
+    finally:
+        _drain(settings, signals)
+
+
+def _drain(settings: ServiceSettings, signals: _Signals) -> None:
+    """Take the application off; wait for its running requests, up to the limit or a second signal."""
+    serve.delete(APP_NAME, _blocking=False)
+    deadline_s = time.monotonic() + settings.graceful_shutdown_timeout_s
+    while APP_NAME in serve.status().applications and time.monotonic() < deadline_s:
+        if signals.cut.wait(timeout=POLL_S):
+            break
+    # Other applications may run on a cluster that we joined.
+    if not serve.status().applications.keys() - {APP_NAME}:
+        serve.shutdown()
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM: the first sets `stop`, the next sets `cut`."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.cut = threading.Event()
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        (self.cut if self.stop.is_set() else self.stop).set()
+
+
+def _wait_until_ready(settings: ServiceSettings, signals: _Signals) -> bool:
+    """True once a request would be answered; False when a signal came first. Says what it waits for."""
+    started_s = time.monotonic()
+    shown, shown_s = "", started_s
+    url = f"http://{_reachable(settings.host)}:{settings.port}/ready"
+    while time.monotonic() < started_s + settings.start_timeout_s:
+        status = serve.status().applications.get(APP_NAME)
+        state = _describe(status)
+        if state != shown or time.monotonic() > shown_s + PROGRESS_PERIOD_S:
+            shown, shown_s = state, time.monotonic()
+            _say(f"{state}, {shown_s - started_s:.0f} s")
+        if status is not None:
+            _raise_failure(status)
+            if status.status == ApplicationStatus.RUNNING and _answers(url):
+                return True
+        if signals.stop.wait(timeout=POLL_S):
+            return False
+    raise StartFailed(f"not ready after --start-timeout-s {settings.start_timeout_s:g}: {shown}")
+
+
+def _describe(status: ApplicationStatusOverview | None) -> str:
+    if status is None or not status.deployments:
+        return "starting Serve"
+    parts = [f"{name} {deployment.status.value.lower()}" for name, deployment in status.deployments.items()]
+    return f"starting: {', '.join(parts)}"
+
+
+def _raise_failure(status: ApplicationStatusOverview) -> None:
+    """What a replica's constructor raised, under its own class where it is one of ours."""
+    messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
+    lines = [line.strip() for message in messages for line in message.splitlines()]
+    for line in lines:
+        for kind in (ConfigError, CheckpointError):
+            _, found, text = line.partition(f"{kind.__name__}: ")
+            if found:
+                raise kind(text)
+    if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        raise StartFailed("\n".join(messages))
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,114 @@
+"""`m3serve serve`: flags, and what can be checked before anything is started.
+
+Ray, Serve and the application are imported after that (service/launcher.py): a wrong flag is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from engine.config import resolve_model
+from engine.errors import ConfigError
+from engine.msa.plan import IndexPlan
+from engine.tokenizer import Tokenizer
+from service.flags import add_settings, given_settings, make_settings
+from service.settings import ServiceSettings
+
+DEMO_TIMEOUT_S = 300.0
+
+_EPILOG = """\
+Every flag can also be set by an environment variable: --max-num-seqs is M3SERVE_MAX_NUM_SEQS.
+
+examples:
+  m3serve serve                                    the untrained demo checkpoint, on CPU
+  m3serve serve --model /models/MiniMax-M3 --tensor-parallel-size 8
+  m3serve serve --model DIR --index-topk-freq 4    one sparse layer in four selects, the others reuse
+  m3serve serve --model DIR --ray-address auto     join the Ray cluster that runs on this machine
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "serve",
+        usage="m3serve serve [--model DIR] [--port N] [flags]",
+        help="serve a checkpoint until Ctrl-C",
+        description="Serve a checkpoint over HTTP until Ctrl-C or SIGTERM; then finish what runs, and stop.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--ray-address",
+        default=os.environ.get("RAY_ADDRESS"),
+        metavar="TEXT",
+        help="Ray cluster to join (RAY_ADDRESS); default: start a private one on this machine",
+    )
+    add_settings(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then hand over to the launcher."""
+    values = given_settings(args)
+    if "model" not in values and "M3SERVE_MODEL" not in os.environ:
+        values["model"] = demo_checkpoint()
+    settings = make_settings(**values)
+    plan = check(settings)
+    settings = settings.model_copy(
+        update={
+            "port": free_port("--port", settings.host, settings.port),
+            "metrics_port": free_port("--metrics-port", settings.host, settings.metrics_port),
+        }
+    )
+    launcher = importlib.import_module("service.launcher")
+    status: int = launcher.launch(settings, str(plan), ray_address=args.ray_address)
+    return status
+
+
+def say(text: str) -> None:
+    """Progress, for the person at the terminal; stdout carries the ready line alone."""
+    print(f"m3serve: {text}", file=sys.stderr, flush=True)
+
+
+def demo_checkpoint() -> str:
+    """The demo checkpoint, made in a process of its own: its maker needs torch, this process does not."""
+    command = [sys.executable, "-m", "deploy.demo.make_checkpoint"]
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=DEMO_TIMEOUT_S, check=False)
+    if made.returncode != 0:
+        raise ConfigError(f"no --model given, and {' '.join(command)} failed with status {made.returncode}")
+    path = made.stdout.strip().splitlines()[-1]
+    say(f"no --model given: serving the untrained demo checkpoint {path}")
+    return path
+
+
+def check(settings: ServiceSettings) -> IndexPlan:
+    """What can be wrong with settings and checkpoint, found before any process starts; the resolved plan."""
+    config = settings.engine_config()
+    model, knobs = resolve_model(config)
+    Tokenizer.from_dir(config.model, vocab_size=model.vocab_size)
+    return knobs.build_plan(model.is_sparse)
+
+
+def free_port(flag: str, host: str, port: int) -> int:
+    """`port` if it can be listened on, any free one for 0; ConfigError when it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            # Serve's proxy listens with SO_REUSEPORT: without this it would share the port with its owner.
+            probe.listen(1)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(
+                f"{flag} {port}: cannot listen on {host}:{port}: {reason}; 0 takes any free port"
+            ) from None
+        taken: int = probe.getsockname()[1]
+    return taken
