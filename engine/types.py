@@ -29,19 +29,29 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the engine could not go on with this request; the event carries the reason
 
 
+def _shown(value: Any) -> str:
+    """A value for a message: short, whatever the client sent."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nesting
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a finite number, got {value!r}", param=name, code="invalid_type")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
+        raise RequestError(f"{name} must be a finite number, got {_shown(value)}", param=name, code="invalid_type")
     if value < low or value > high or (low_open and value == low):
         left = "(" if low_open else "["
-        raise RequestError(f"{name} must be in {left}{low:g}, {high:g}], got {value!r}", param=name)
+        raise RequestError(f"{name} must be in {left}{low:g}, {high:g}], got {_shown(value)}", param=name)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} must be an integer, got {value!r}", param=name, code="invalid_type")
+        raise RequestError(f"{name} must be an integer, got {_shown(value)}", param=name, code="invalid_type")
     if not low <= value <= high:
-        raise RequestError(f"{name} must be in [{low}, {high}], got {value}", param=name)
+        raise RequestError(f"{name} must be in [{low}, {high}], got {_shown(value)}", param=name)
 
 
 def _sequence(name: str, value: Any, limit: int) -> None:
@@ -101,7 +111,9 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise RequestError(f"{name} must be true or false, got {value!r}", param=name, code="invalid_type")
+                raise RequestError(
+                    f"{name} must be true or false, got {_shown(value)}", param=name, code="invalid_type"
+                )
         self._check_stop()
         self._check_logit_bias()
 
@@ -110,7 +122,7 @@ class SamplingParams:
             _sequence("stop", self.stop, MAX_STOP_STRINGS)
         for text in self.stop_strings:
             if not isinstance(text, str):
-                raise RequestError(f"stop must hold strings, got {text!r}", param="stop", code="invalid_type")
+                raise RequestError(f"stop must hold strings, got {_shown(text)}", param="stop", code="invalid_type")
             if not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise RequestError(
                     f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(text)}", param="stop"
@@ -156,8 +168,8 @@ class EngineRequest:
     """One sequence to generate.
 
     prompt_token_ids: never empty.  output_token_ids: tokens already delivered by a replica that died; they are
-    recomputed, not sent again.  sampling.seed must be set by the caller (see `with_seed`): a resubmission has
-    to draw the same noise.
+    recomputed, not sent again.  sampling.seed must be set by the caller when it is not greedy: a
+    resubmission has to draw the same noise.
     """
 
     request_id: str

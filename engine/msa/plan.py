@@ -20,6 +20,7 @@ from engine.errors import ConfigError
 PLAN_FILE_FORMAT = "m3serve-index-plan"
 PLAN_FILE_MAX_BYTES = 16 * 2**20
 KNOBS = ("use_index_cache", "index_topk_freq", "index_topk_pattern", "index_skip_topk_offset", "index_plan_file")
+_SCHEDULES = ("index_topk_freq", "index_topk_pattern", "index_plan_file")
 
 
 class Role(StrEnum):
@@ -112,68 +113,77 @@ def resolve_knobs(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> IndexKnobs
     """Merge the knobs of several sources; a later source overrides an earlier one.
 
     layers: (name of the source, its knobs), e.g. ("config.json", {...}), ("hf_overrides", {...}), ("settings", {...}).
-    Raises ConfigError for a wrong type, for knobs of one source that contradict each other, and for knobs that ask
-    for sharing while nothing switches it on.
+
+    Asking is enabling: a frequency above 1, a pattern with an S or a plan file switches sharing on, unless the same
+    source (an error, until a later source settles it) or a later one (everything is off) says
+    use_index_cache=false. A pattern, a plan file and a frequency replace each other across sources; within one
+    source a pattern overrides the frequency, as in ATOM. A value of None is not set.
+
+    Raises ConfigError for an unknown knob, a wrong type or range, and knobs of one source that contradict each other.
     """
     merged: dict[str, Any] = {}
-    origin: dict[str, int] = {}
-    for rank, (source, knobs) in enumerate(layers):
+    enabled: bool | None = None
+    conflict: str | None = None
+    for source, knobs in layers:
         given = {key: value for key, value in knobs.items() if value is not None}
         for key, value in given.items():
-            _check_type(source, key, value)
-        if given.get("index_plan_file") and given.get("index_topk_pattern"):
+            _check_knob(source, key, value)
+        if "index_plan_file" in given and "index_topk_pattern" in given:
             raise ConfigError(f"{source} sets both index_plan_file and index_topk_pattern: keep one")
-        # A pattern and a plan file say the same thing: the later source wins over the earlier one's other spelling.
-        for this, other in (
-            ("index_plan_file", "index_topk_pattern"),
-            ("index_topk_pattern", "index_plan_file"),
-        ):
-            if this in given:
-                merged.pop(other, None)
-        if {"index_topk_freq", "index_skip_topk_offset"} & given.keys() and not (
-            {"index_plan_file", "index_topk_pattern"} & given.keys()
-        ):
-            merged.pop("index_topk_pattern", None)
-            merged.pop("index_plan_file", None)
-        for key, value in given.items():
-            merged[key] = value
-            origin[key] = rank
+        schedule = given.keys() & _SCHEDULES
+        asking = [f"{key}={given[key]!r}" for key in _SCHEDULES if key in given and _asks(key, given[key])]
+        if "use_index_cache" in given or schedule:
+            conflict = None
+        if asking:
+            enabled = True
+        enabled = given.get("use_index_cache", enabled)
+        if asking and not enabled:
+            conflict = (
+                f"{source} says use_index_cache=false and also {', '.join(asking)}: "
+                "set use_index_cache=true to share selections, or remove the others"
+            )
+        if schedule:
+            for key in _SCHEDULES:
+                merged.pop(key, None)
+        merged |= given
+    if conflict is not None:
+        raise ConfigError(conflict)
+    if enabled is False:
+        return IndexKnobs()
     pattern = merged.get("index_topk_pattern")
     if "index_plan_file" in merged:
         pattern = read_plan_file(Path(merged["index_plan_file"]))
     # 0 means 1, as in ATOM.
     freq = merged.get("index_topk_freq", 1) or 1
-    offset = merged.get("index_skip_topk_offset", 0)
-    if freq < 0:
-        raise ConfigError(f"index_topk_freq must be >= 1, got {freq}")
-    asking = [key for key in ("index_topk_freq", "index_topk_pattern", "index_plan_file") if key in merged]
-    shares = freq > 1 or (pattern is not None and "S" in pattern)
-    if merged.get("use_index_cache") is False:
-        if shares and any(origin[key] == origin["use_index_cache"] for key in asking):
-            source = layers[origin["use_index_cache"]][0]
-            raise ConfigError(
-                f"{source} says use_index_cache=false and also {', '.join(f'{k}={merged[k]!r}' for k in asking)}: "
-                "set use_index_cache=true to share selections, or remove the others"
-            )
-        return IndexKnobs()
-    return IndexKnobs(freq=freq, offset=offset, pattern=pattern)
+    return IndexKnobs(freq=freq, offset=merged.get("index_skip_topk_offset", 0), pattern=pattern)
 
 
-def _check_type(source: str, key: str, value: Any) -> None:
+def _asks(key: str, value: Any) -> bool:
+    """Whether this value of a schedule knob makes some layer reuse a selection."""
+    if key == "index_topk_freq":
+        return bool(value > 1)
+    return key == "index_plan_file" or "S" in value
+
+
+def _check_knob(source: str, key: str, value: Any) -> None:
     if key not in KNOBS:
         raise ConfigError(f"{source}: unknown index cache knob {key!r}; known: {', '.join(KNOBS)}")
     expected: type = {"use_index_cache": bool, "index_topk_freq": int, "index_skip_topk_offset": int}.get(key, str)
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+    if type(value) is not expected:
         raise ConfigError(f"{source}: {key} must be of type {expected.__name__}, got {value!r}")
+    if isinstance(value, int) and value < 0:
+        raise ConfigError(f"{source}: {key} must be >= {int(key == 'index_topk_freq')}, got {value}")
 
 
 def read_plan_file(path: Path) -> str:
     """The F/S pattern of a plan file: JSON {"format": "m3serve-index-plan", "version": 1, "pattern": "FSSS..."}."""
     try:
+        if not path.is_file():
+            raise ConfigError(f"index_plan_file {path} is not a file")
         if path.stat().st_size > PLAN_FILE_MAX_BYTES:
             raise ConfigError(f"index_plan_file {path} is larger than {PLAN_FILE_MAX_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"index_plan_file {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != PLAN_FILE_FORMAT or content.get("version") != 1:
         raise ConfigError(f'index_plan_file {path} must be JSON with "format": "{PLAN_FILE_FORMAT}", "version": 1')
