@@ -150,9 +150,7 @@ class SamplerState:
             tokens.index_copy_(0, batch.edited, self._sample_edited(logits, slots, positions, batch))
         return torch.where(finite, tokens, NOT_FINITE)
 
-    def _sample_edited(
-        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], batch: _Batch
-    ) -> Tensor:
+    def _sample_edited(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], batch: _Batch) -> Tensor:
         assert batch.edited is not None
         work = logits.index_select(0, batch.edited)
         if batch.bias is not None:
@@ -245,8 +243,7 @@ class SamplerState:
         penalised = [(row, params) for row, _, params in rows if params.has_penalties]
         pool_rows = [states[i].pool_row or 0 for _, i, params in rows if params.has_penalties]
         strengths = [
-            [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
-            for _, params in penalised
+            [params.repetition_penalty, params.presence_penalty, params.frequency_penalty] for _, params in penalised
         ]
         greedy = [row for row, _, params in rows if params.is_greedy]
         return _Batch(

@@ -113,9 +113,7 @@ class Tokenizer:
         """The text of a whole sequence. Ids that the tokenizer does not know give no text."""
         for token_id in token_ids:
             if not 0 <= token_id < 2**32:
-                raise RequestError(
-                    f"token ids must be in [0, {self.vocab_size}), got {token_id}", param="tokens"
-                )
+                raise RequestError(f"token ids must be in [0, {self.vocab_size}), got {token_id}", param="tokens")
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -173,9 +171,7 @@ class IncrementalDetokenizer:
         self._skip_special = sampling.skip_special_tokens
         self._include_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
-        self._decoder: _Decoder = (
-            _ByteDecoder(tokenizer) if tokenizer.is_byte_level else _DiffDecoder(tokenizer)
-        )
+        self._decoder: _Decoder = _ByteDecoder(tokenizer) if tokenizer.is_byte_level else _DiffDecoder(tokenizer)
         self._stops = [_StopString(stop) for stop in sampling.stop_strings]
         self._pieces: list[str] = []
         self._held = ""  # decoded, not given out: maybe the start of a stop string
