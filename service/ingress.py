@@ -3,8 +3,8 @@
 Deployed with `@serve.ingress`; several replicas of it may stand in front of the same engine replicas.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: FastAPI reads the handlers' ones after Serve has copied the class, where the names
+# in them no longer resolve.
 import asyncio
 import hashlib
 import secrets
@@ -51,8 +51,13 @@ app.add_middleware(Boundary)
 
 
 @app.exception_handler(HTTPException)
-async def refuse_route(_request: Request, error: HTTPException) -> Response:
+async def refuse_route(request: Request, error: HTTPException) -> Response:
     """Unknown paths and methods get an error object too."""
+    if error.status_code == 404:
+        error.detail = f"there is no route {request.url.path}"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        error.detail = f"{request.url.path} does not allow {request.method}, only {allowed}"
     refusal = answer(error)
     return Response(refusal.json(), refusal.status, dict(refusal.headers), "application/json")
 
@@ -101,7 +106,7 @@ class Ingress:
 
     @app.get("/v1/models")
     async def models(self) -> Response:
-        return _json(ModelList([await self._model_card()]))
+        return _json(ModelList(data=[await self._model_card()]))
 
     @app.get("/v1/models/{name:path}")
     async def model(self, name: str) -> Response:
@@ -157,7 +162,12 @@ class Ingress:
 
     async def _model_card(self) -> ModelCard:
         info = await self._client.info()
-        return ModelCard(self._settings.model_name, self._created, info.max_model_len, info.plan)
+        return ModelCard(
+            id=self._settings.model_name,
+            created=self._created,
+            max_model_len=info.max_model_len,
+            index_plan=info.plan,
+        )
 
     def _head(self, prefix: str, info: EngineInfo) -> Completion:
         identity = "\n".join((software_version(), info.namespace, info.plan))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import httpx
 import ray
@@ -29,13 +31,19 @@ from service.settings import ServiceSettings
 APP_NAME = "m3serve"
 PROGRESS_PERIOD_S = 10.0
 POLL_S = 0.25
+WATCH_PERIOD_S = 10.0
+SERVE_CALL_TIMEOUT_S = 30.0
+# Serve looks whether a replica has drained once in this time.
+DRAIN_SPARE_S = 5.0
 # Serve's own controller, proxy and the replicas' bookkeeping, on top of what the deployments ask for.
 SPARE_CPUS = 4
 OBJECT_STORE_BYTES = 200 * 2**20
 
+T = TypeVar("T")
 
-class StartFailed(M3Error):
-    """The service did not come up for a reason that is no setting's fault."""
+
+class ServiceFailed(M3Error):
+    """The service did not come up, or was lost, for a reason that is no setting's fault."""
 
 
 def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> int:
@@ -45,24 +53,24 @@ def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> 
     private Ray.
     """
     signals = _Signals()
-    with ExitStack() as stack:
-        try:
+    try:
+        with ExitStack() as stack:
             settings = stack.enter_context(_metrics(settings))
             settings = stack.enter_context(_ray(settings, ray_address))
             # After Ray, which installs a handler of its own that would end this process at once.
             signals.install()
-            stack.enter_context(_application(settings, signals))
-            if not _wait_until_ready(settings, signals):
-                return 0
-        except StartFailed as error:
-            _say(f"error: {error}")
-            return 1
-        base = f"http://{_reachable(settings.host)}:{settings.port}/v1"
-        metrics = f"http://{_reachable(settings.host)}:{settings.metrics_port}/metrics"
-        print(f"m3serve ready: {base} model={settings.model_name} plan={plan} metrics={metrics}", flush=True)
-        while not signals.stop.wait(timeout=3600.0):
-            pass
-        _say("stopping: finishing what runs (Ctrl-C again to cut it off)")
+            stack.enter_context(_application(settings, signals, is_ours=ray_address is None))
+            if _wait_until_ready(settings, signals):
+                base = f"http://{_reachable(settings.host)}:{settings.port}/v1"
+                metrics = f"http://{_reachable(settings.host)}:{settings.metrics_port}/metrics"
+                name = settings.model_name
+                print(f"m3serve ready: {base} model={name} plan={plan} metrics={metrics}", flush=True)
+                while not signals.stop.wait(timeout=WATCH_PERIOD_S):
+                    _application_status()
+            _say("stopping: finishing what runs (Ctrl-C again to cut it off)")
+    except ServiceFailed as error:
+        _say(f"error: {error}")
+        return 1
     _say("stopped")
     return 0
 
@@ -128,8 +136,8 @@ def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSett
 
 
 @contextmanager
-def _application(settings: ServiceSettings, signals: _Signals) -> Iterator[None]:
-    """Serve and the application on it; at the end, what runs may finish."""
+def _application(settings: ServiceSettings, signals: _Signals, *, is_ours: bool) -> Iterator[None]:
+    """Serve and the application on it; at the end, what runs may finish. is_ours: the Ray below is private."""
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
         http_options={"host": settings.host, "port": settings.port},
@@ -142,18 +150,43 @@ def _application(settings: ServiceSettings, signals: _Signals) -> Iterator[None]
         yield
     finally:
         _drain(settings, signals)
+        # A private Ray ends with everything in it; on another, Serve goes if nobody else uses it.
+        if not is_ours and not _bounded(serve.status).applications:
+            _bounded(serve.shutdown)
 
 
 def _drain(settings: ServiceSettings, signals: _Signals) -> None:
     """Take the application off; wait for its running requests, up to the limit or a second signal."""
-    serve.delete(APP_NAME, _blocking=False)
-    deadline_s = time.monotonic() + settings.graceful_shutdown_timeout_s
-    while APP_NAME in serve.status().applications and time.monotonic() < deadline_s:
+    _bounded(lambda: serve.delete(APP_NAME, _blocking=False))
+    deadline_s = time.monotonic() + settings.graceful_shutdown_timeout_s + DRAIN_SPARE_S
+    while _application_status() is not None and time.monotonic() < deadline_s:
         if signals.cut.wait(timeout=POLL_S):
-            break
-    # Other applications may run on a cluster that we joined.
-    if not serve.status().applications.keys() - {APP_NAME}:
-        serve.shutdown()
+            return
+
+
+def _application_status() -> ApplicationStatusOverview | None:
+    """Serve's view of our application; None when it knows none. ServiceFailed when Serve does not answer."""
+    return _bounded(serve.status).applications.get(APP_NAME)
+
+
+def _bounded(call: Callable[[], T]) -> T:
+    """Make a call to Serve, which has no deadline of its own: it would hang for ever when Ray has died."""
+    result: queue.Queue[T | Exception] = queue.Queue()
+
+    def work() -> None:
+        try:
+            result.put(call())
+        except Exception as error:  # raised again below, in the thread that asked
+            result.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        outcome = result.get(timeout=SERVE_CALL_TIMEOUT_S)
+    except queue.Empty:
+        raise ServiceFailed(f"Ray Serve did not answer within {SERVE_CALL_TIMEOUT_S:g} s") from None
+    if isinstance(outcome, Exception):
+        raise ServiceFailed(f"Ray Serve failed: {outcome}") from outcome
+    return outcome
 
 
 class _Signals:
@@ -177,7 +210,7 @@ def _wait_until_ready(settings: ServiceSettings, signals: _Signals) -> bool:
     shown, shown_s = "", started_s
     url = f"http://{_reachable(settings.host)}:{settings.port}/ready"
     while time.monotonic() < started_s + settings.start_timeout_s:
-        status = serve.status().applications.get(APP_NAME)
+        status = _application_status()
         state = _describe(status)
         if state != shown or time.monotonic() > shown_s + PROGRESS_PERIOD_S:
             shown, shown_s = state, time.monotonic()
@@ -188,7 +221,7 @@ def _wait_until_ready(settings: ServiceSettings, signals: _Signals) -> bool:
                 return True
         if signals.stop.wait(timeout=POLL_S):
             return False
-    raise StartFailed(f"not ready after --start-timeout-s {settings.start_timeout_s:g}: {shown}")
+    raise ServiceFailed(f"not ready after --start-timeout-s {settings.start_timeout_s:g}: {shown}")
 
 
 def _describe(status: ApplicationStatusOverview | None) -> str:
@@ -208,7 +241,7 @@ def _raise_failure(status: ApplicationStatusOverview) -> None:
             if found:
                 raise kind(text)
     if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-        raise StartFailed("\n".join(messages))
+        raise ServiceFailed("\n".join(messages))
 
 
 def _answers(url: str) -> bool:

@@ -343,32 +343,32 @@ class CompletionChoice(msgspec.Struct):
     prompt_logprobs: list[dict[str, TokenLogprob] | None] | UnsetType = UNSET
 
 
-class Completion(msgspec.Struct):
+class Completion(msgspec.Struct, kw_only=True):
     """The answer to /v1/completions; with stream, each chunk has the same shape."""
 
     id: str
+    object: str = "text_completion"
     created: int
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    object: str = "text_completion"
     usage: Usage | UnsetType | None = UNSET
 
 
-class ModelCard(msgspec.Struct):
+class ModelCard(msgspec.Struct, kw_only=True):
     """One entry of /v1/models. index_plan: one letter per layer, see the README."""
 
     id: str
+    object: str = "model"
     created: int
+    owned_by: str = "m3serve"
     max_model_len: int
     index_plan: str
-    object: str = "model"
-    owned_by: str = "m3serve"
 
 
-class ModelList(msgspec.Struct):
-    data: list[ModelCard]
+class ModelList(msgspec.Struct, kw_only=True):
     object: str = "list"
+    data: list[ModelCard]
 
 
 class Tokenized(msgspec.Struct):
