@@ -77,6 +77,7 @@ class RayExecutor:
     step_timeout_s: a step that takes longer means a lost group: a hung rank looks like nothing else.
     start_timeout_s: limit for starting the processes and loading the weights.
     gpus_per_rank: None asks the backend and the cluster.
+    use_tcp: also between processes of one node, which otherwise use unix sockets.
     """
 
     def __init__(
@@ -87,13 +88,15 @@ class RayExecutor:
         step_timeout_s: float = 60.0,
         start_timeout_s: float = 1800.0,
         gpus_per_rank: int | None = None,
+        use_tcp: bool = False,
     ) -> None:
+        self._use_tcp = use_tcp
         self._step_timeout_s = step_timeout_s
         self._start_deadline = time.monotonic() + start_timeout_s
         self._gpus_per_rank = resolve_gpus_per_rank(config) if gpus_per_rank is None else gpus_per_rank
         self._token = new_token()
         self._epoch = new_epoch()
-        self._gate = Gate(self._token, {Kind.RESULT: StepResult, Kind.FAILURE: str})
+        self._gate = Gate(self._token, {Kind.RESULT: StepResult, Kind.FAILURE: str, Kind.HELLO: int})
         self._outstanding: deque[_Outstanding] = deque()
         self._lock = threading.Lock()
         self._cause: str | None = None
@@ -104,7 +107,7 @@ class RayExecutor:
         self._context: zmq.Context[Any] = zmq.Context()
         self._plan_sockets: list[zmq.Socket[Any]] = []
         # mkdtemp makes it private (0700). Socket paths are limited to about 100 characters: keep it in /tmp.
-        self._directory = Path(tempfile.mkdtemp(prefix="m3-", dir="/tmp"))
+        self.directory = Path(tempfile.mkdtemp(prefix="m3-", dir="/tmp"))
         self._owns_group = placement_group is None
         self._group = placement_group
         try:
@@ -132,16 +135,17 @@ class RayExecutor:
             worker = options.remote(config, rank=rank, world_size=world_size, use_gpu=self._gpus_per_rank > 0)
             self._workers.append(worker)
         node_id = ray.get_runtime_context().get_node_id()
-        addresses: list[WorkerAddress] = self._call("listen", node_id, str(self._directory))
+        directory = None if self._use_tcp else str(self.directory)
+        addresses: list[WorkerAddress] = self._call("listen", node_id, directory)
         self.worker_pids = tuple(address.pid for address in addresses)
         proposals = self._call("load", addresses[0].store_port, self._step_timeout_s)
         infos: list[EngineInfo] = self._call("allocate", min(proposal.num_pages for proposal in proposals))
         _check_agreement(infos)
 
-        all_local = all(address.node_id == node_id for address in addresses)
+        all_local = not self._use_tcp and all(address.node_id == node_id for address in addresses)
         self._replies, self.reply_endpoint = bind_pull(
             self._context,
-            directory=self._directory if all_local else None,
+            directory=self.directory if all_local else None,
             name="replies",
             host=ray.util.get_node_ip_address(),
         )
@@ -152,6 +156,9 @@ class RayExecutor:
         ]
         self._monitor = threading.Thread(target=self._watch, name="m3-rank-monitor", daemon=True)
         self._monitor.start()
+        self._greet(world_size)
+        # All are connected: nobody else has a reason to, and a killed process would leave the socket files behind.
+        shutil.rmtree(self.directory, ignore_errors=True)
         log.info("worker group of %d up: pids %s, plan %s", world_size, self.worker_pids, infos[0].plan)
         return infos[0]
 
@@ -188,6 +195,19 @@ class RayExecutor:
                 raise EngineDead(f"rank {refs.index(done[0])} died during {method}: {error}") from error
         return list(ray.get(refs))
 
+    def _greet(self, world_size: int) -> None:
+        """Wait until a message has gone to every rank and back."""
+        for rank, plan_socket in enumerate(self._plan_sockets):
+            plan_socket.send_multipart(pack(self._token, Header(Kind.HELLO, self._epoch, 0), encode(rank)))
+        silent = set(range(world_size))
+        while silent:
+            self.check_alive()
+            if time.monotonic() > self._start_deadline:
+                raise EngineDead(f"ranks {sorted(silent)} did not answer within start_timeout_s")
+            message = self._receive(DEATH_POLL_S)
+            if message is not None and message[0].kind == Kind.HELLO:
+                silent.discard(message[1])
+
     # --- steps ----------------------------------------------------------------------------------------------
 
     def submit(self, plan: StepPlan) -> None:
@@ -211,20 +231,26 @@ class RayExecutor:
             if left_s <= 0:
                 self._fail(f"step {step.step_id} took longer than {self._step_timeout_s:g} s")
                 continue
-            if not self._replies.poll(min(left_s, DEATH_POLL_S) * 1000):
-                continue
-            message = self._gate.admit(self._replies.recv_multipart(zmq.NOBLOCK))
+            message = self._receive(min(left_s, DEATH_POLL_S))
             if message is None:
-                log.warning("dropped %d foreign messages so far", self._gate.dropped)
                 continue
             header, body = message
             if isinstance(body, str):
                 self._fail(body)
-            elif header.epoch != self._epoch or body.step_id != step.step_id:
-                self._fail(f"rank 0 answered step {body.step_id} of group {header.epoch}, not {step.step_id}")
+            elif not isinstance(body, StepResult) or body.step_id != step.step_id:
+                self._fail(f"rank 0 answered step {header.sequence}, not {step.step_id}")
             else:
-                result: StepResult = body
-                return result
+                return body
+
+    def _receive(self, timeout_s: float) -> tuple[Header, Any] | None:
+        """The next message of this group, if one comes in time."""
+        if not self._replies.poll(timeout_s * 1000):
+            return None
+        message = self._gate.admit(self._replies.recv_multipart(zmq.NOBLOCK))
+        if message is None or message[0].epoch != self._epoch:
+            log.warning("dropped a foreign message, the %dth so far", self._gate.dropped)
+            return None
+        return message
 
     @property
     def num_dropped(self) -> int:
@@ -274,6 +300,9 @@ class RayExecutor:
             return
         for worker in self._workers:
             ray.kill(worker, no_restart=True)
+        # A stopped process does not obey ray.kill; with its placement group gone the raylet kills it by signal.
+        if self._owns_group and self._group is not None:
+            remove_placement_group(self._group)
 
     def close(self) -> None:
         """Kill the ranks and free the sockets, the directory and the placement group. Safe to call twice."""
@@ -285,13 +314,10 @@ class RayExecutor:
         # Joined before Ray can be shut down: ray.wait in a thread must not outlive it.
         if self._monitor is not None:
             self._monitor.join(CLOSE_TIMEOUT_S)
-        if ray.is_initialized():
-            if self._run_refs:
-                ray.wait(self._run_refs, num_returns=len(self._run_refs), timeout=CLOSE_TIMEOUT_S)
-            if self._owns_group and self._group is not None:
-                remove_placement_group(self._group)
+        if ray.is_initialized() and self._run_refs:
+            ray.wait(self._run_refs, num_returns=len(self._run_refs), timeout=CLOSE_TIMEOUT_S)
         self._context.destroy(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _check_agreement(infos: list[EngineInfo]) -> None:

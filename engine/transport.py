@@ -36,6 +36,7 @@ class Kind(IntEnum):
     ACCEPTED = 4  # replica -> ingress: a submit arrived
     EVENTS = 5  # replica -> ingress: what one step did
     ABORT = 6  # ingress -> replica
+    HELLO = 7  # int, the rank: executor -> rank and back
 
 
 class Header(NamedTuple):

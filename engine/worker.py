@@ -18,6 +18,7 @@ import ray
 import torch
 import torch.distributed as dist
 import zmq
+from torch._C._distributed_c10d import TCPStore
 
 from engine.config import EngineConfig
 from engine.runner import ModelRunner, RankProposal
@@ -51,14 +52,14 @@ class Worker:
         self._use_gpu = use_gpu
         self._context: zmq.Context[Any] = zmq.Context()
         self._plans: zmq.Socket[Any] | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._runner: ModelRunner | None = None
         torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // world_size))
 
-    def listen(self, node_id: str, directory: str) -> WorkerAddress:
+    def listen(self, node_id: str, directory: str | None) -> WorkerAddress:
         """Bind the step socket: in `directory` on the node `node_id`, which is the executor's, else on tcp."""
         here = ray.get_runtime_context().get_node_id()
-        shared = Path(directory) if here == node_id else None
+        shared = Path(directory) if directory is not None and here == node_id else None
         self._plans, endpoint = bind_pull(
             self._context, directory=shared, name=f"rank{self._rank}", host=ray.util.get_node_ip_address()
         )
@@ -67,7 +68,7 @@ class Worker:
             # TCPStore would listen on every interface; the ranks of a group share one node.
             listener = socket.create_server((LOOPBACK, 0))
             port = listener.getsockname()[1]
-            self._store = dist.TCPStore(
+            self._store = TCPStore(
                 LOOPBACK,
                 port,
                 self._world_size,
@@ -88,7 +89,7 @@ class Worker:
     def _join(self, store_port: int | None, timeout: timedelta) -> None:
         if self._store is None:
             assert store_port is not None, "rank 0 must listen first"
-            self._store = dist.TCPStore(LOOPBACK, store_port, self._world_size, is_master=False, timeout=timeout)
+            self._store = TCPStore(LOOPBACK, store_port, self._world_size, is_master=False, timeout=timeout)
         # gloo would otherwise listen on whatever address the host name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
         dist.init_process_group(
@@ -111,15 +112,19 @@ class Worker:
         """
         assert self._runner is not None and self._plans is not None, "listen and load come first"
         replies = connect_push(self._context, reply_endpoint)
-        gate = Gate(token, {Kind.STEP: StepPlan})
+        gate = Gate(token, {Kind.STEP: StepPlan, Kind.HELLO: int})
         while True:
             message = gate.admit(self._plans.recv_multipart())
             if message is None:
                 log.warning("rank %d dropped %d foreign messages so far", self._rank, gate.dropped)
                 continue
-            header, plan = message
+            header, body = message
             if header.epoch != epoch:
                 raise RuntimeError(f"rank {self._rank} belongs to group {epoch}, got a step of group {header.epoch}")
+            if header.kind == Kind.HELLO:
+                replies.send_multipart(pack(token, Header(Kind.HELLO, epoch, 0), encode(self._rank)))
+                continue
+            plan: StepPlan = body
             try:
                 result = self._runner.execute(plan)
             except Exception as error:

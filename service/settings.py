@@ -1,4 +1,4 @@
-"""Every setting of the service, read once: constructor arguments (Serve YAML `args`, the CLI), then M3SERVE_* variables.
+"""Every setting of the service, read once: arguments (Serve YAML `args`, the CLI), then M3SERVE_* variables.
 
 Below this module nothing reads the environment: it takes ServiceSettings or the EngineConfig made from it.
 """
@@ -63,7 +63,7 @@ class ServiceSettings(BaseSettings):
     )
     data_host: str | None = Field(
         default=None,
-        description="address where the token sockets listen; default: that of the node. 127.0.0.1 on a one-node cluster",
+        description="where the token sockets listen; default: the address of the node. 127.0.0.1 on a one-node cluster",
     )
     host: str = Field(default="127.0.0.1", description="address of the HTTP server (CLI; Serve YAML has its own)")
     port: int = Field(default=8000, ge=0, le=65535, description="port of the HTTP server; 0: any free one (CLI)")

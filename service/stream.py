@@ -17,11 +17,11 @@ import msgspec
 import ray
 import zmq
 import zmq.asyncio
+from ray.serve.exceptions import BackPressureError
 
 from engine.errors import EngineDead, M3Error, Overloaded
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
 from engine.types import EngineInfo, EngineRequest, FinishReason, RequestEvent
-from ray.serve.exceptions import BackPressureError
 from service.batcher import Batcher
 from service.messages import Abort, Accepted, Ended, StepEvents, Submit, SubmitReply
 from service.metrics import IngressSeries
