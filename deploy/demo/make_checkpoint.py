@@ -42,7 +42,8 @@ DEMO_SIZES = Sizes(
 _MODEL_CARD = """# m3serve demo checkpoint: UNTRAINED
 
 Random weights (seed {seed}) in the architecture and the on-disk layout of MiniMax-M3: the text that it
-generates is meaningless. It exists so that m3serve can be tried, tested and measured without a GPU or a download.
+generates is meaningless. It exists so that m3serve can be tried, tested and measured without a GPU or a
+download.
 
 - {layers} layers: the first 3 with full attention and a dense feed-forward network, the others with
   block-sparse attention ({topk_blocks} key blocks of 128 tokens), a shared expert and {experts} routed ones,

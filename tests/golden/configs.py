@@ -15,7 +15,7 @@ def _sizes(**sizes: Any) -> dict[str, Any]:
 # Each differs from the others in several of: heads, KV heads, index heads, head sizes, blocks, patterns and
 # experts. `seed` is that of the weights.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "plain": _sizes(seed=1, layers=6, head_dim=64, rotary_dim=32, index_dim=64),
+    "plain": _sizes(seed=11, head_dim=64, rotary_dim=32, index_dim=64),
     "one_kv_head": _sizes(
         seed=2, layers=4, hidden_size=96, heads=4, kv_heads=1, head_dim=128, rotary_dim=64, index_dim=128,
         topk_blocks=6, local_blocks=2, experts=4, experts_per_token=1, shared_width=64,

@@ -63,7 +63,7 @@ def test_chunked_prefill(case: Case, length: int, chunk: int) -> None:
     case.reference.check(case.observe(length, chunk))
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 129])
+@pytest.mark.parametrize("length", [1, 129])
 def test_prefill_token_by_token(case: Case, length: int) -> None:
     case.reference.check(case.observe(length, 1))
 

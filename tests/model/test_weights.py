@@ -26,7 +26,7 @@ PROMPT = list(range(40))
 
 
 def load(path: Path, **settings: Any) -> LLM:
-    return LLM(str(path), dtype="float32", backend="torch", num_pages=8, max_num_batched_tokens=256, **settings)
+    return LLM(str(path), dtype="float32", backend="torch", max_model_len=1024, num_pages=8, max_num_batched_tokens=256, **settings)
 
 
 def logprobs(path: Path, **settings: Any) -> list[Any]:
