@@ -3,8 +3,8 @@
 Deployed with `@serve.ingress`; several replicas of it may stand in front of the same engine replicas.
 """
 
-# No postponed annotations here: FastAPI reads the handlers' ones after Serve has copied the class, where the names
-# in them no longer resolve.
+# No postponed annotations here: FastAPI resolves them in the copy that Serve makes, where names that only stand in
+# annotations are missing.
 import asyncio
 import hashlib
 import secrets
@@ -72,6 +72,41 @@ def software_version() -> str:
         return version("m3serve")
     except PackageNotFoundError:
         return "source"
+
+
+# Everything that the handlers use stands above the class: Serve copies the application when it is decorated.
+
+
+def _check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
+    for name, token_ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", list(sampling.logit_bias or ())),
+    ):
+        if token_ids:
+            check_token_ids(token_ids, vocab_size, name)
+
+
+def _engine_requests(
+    request_id: str, prompts: list[TokenizedPrompt], sampling: SamplingParams, num_per_prompt: int
+) -> list[EngineRequest]:
+    """One engine request per choice. Choice i of a prompt samples with seed + i, or a seed of its own."""
+    requests: list[EngineRequest] = []
+    for prompt in prompts:
+        for i in range(num_per_prompt):
+            seed = secrets.randbits(63) if sampling.seed is None else _wrap(sampling.seed + i)
+            requests.append(
+                EngineRequest(
+                    request_id=f"{request_id}-{len(requests)}",
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=replace(sampling, seed=seed),
+                )
+            )
+    return requests
+
+
+def _wrap(seed: int) -> int:
+    """Into the range of a signed 64-bit integer."""
+    return (seed + MAX_SEED + 1) % (2 * (MAX_SEED + 1)) - MAX_SEED - 1
 
 
 @serve.ingress(app)
@@ -202,35 +237,3 @@ class Ingress:
             if not ids:
                 raise RequestError(f"prompt {i} has no tokens", param="prompt", code="empty_prompt")
         return [TokenizedPrompt(text, ids, self._tokenizer) for text, ids in zip(texts, encoded, strict=True)]
-
-
-def _check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
-    for name, token_ids in (
-        ("stop_token_ids", sampling.stop_token_ids),
-        ("logit_bias", list(sampling.logit_bias or ())),
-    ):
-        if token_ids:
-            check_token_ids(token_ids, vocab_size, name)
-
-
-def _engine_requests(
-    request_id: str, prompts: list[TokenizedPrompt], sampling: SamplingParams, num_per_prompt: int
-) -> list[EngineRequest]:
-    """One engine request per choice. Choice i of a prompt samples with seed + i, or a seed of its own."""
-    requests: list[EngineRequest] = []
-    for prompt in prompts:
-        for i in range(num_per_prompt):
-            seed = secrets.randbits(63) if sampling.seed is None else _wrap(sampling.seed + i)
-            requests.append(
-                EngineRequest(
-                    request_id=f"{request_id}-{len(requests)}",
-                    prompt_token_ids=prompt.token_ids,
-                    sampling=replace(sampling, seed=seed),
-                )
-            )
-    return requests
-
-
-def _wrap(seed: int) -> int:
-    """Into the range of a signed 64-bit integer."""
-    return (seed + MAX_SEED + 1) % (2 * (MAX_SEED + 1)) - MAX_SEED - 1

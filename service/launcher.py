@@ -53,6 +53,8 @@ def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> 
     private Ray.
     """
     signals = _Signals()
+    # Serve reports its own progress on this logger; ours says the same in fewer words.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         with ExitStack() as stack:
             settings = stack.enter_context(_metrics(settings))
@@ -124,7 +126,8 @@ def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSett
             num_cpus=max(os.cpu_count() or 1, wanted_cpus + SPARE_CPUS),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
+            # What the processes log is for the person at the terminal: it goes nowhere else.
+            log_to_driver=True,
             logging_level=logging.ERROR,
             _temp_dir=directory,
             _node_ip_address="127.0.0.1",
