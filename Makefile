@@ -1,0 +1,39 @@
+# m3serve: `make serve` and `make test` do all their own set-up in .venv.
+PYTHON ?= python3
+PORT ?= 8000
+# Extra arguments for pip, e.g. an index with CPU-only torch wheels.
+PIP_ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format bench clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e '.[test]'
+	@touch $@
+
+serve: $(INSTALLED) ## serve the demo checkpoint on CPU at 127.0.0.1:8000 (PORT=...)
+	$(BIN)/m3serve serve --port $(PORT)
+
+test: $(INSTALLED) ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## format the code in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## offline speed of the demo checkpoint (MODEL=DIR for another)
+	$(BIN)/m3serve bench offline $(if $(MODEL),--model $(MODEL))
+
+clean: ## remove the environment and caches
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
