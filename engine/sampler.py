@@ -121,7 +121,6 @@ class SamplerState:
         if (pool_row := self._at(slot).pool_row) is not None:
             self._free_rows.append(pool_row)
         self._slots[slot] = None
-        self._batch_key = None
 
     def append(self, slots: Sequence[int], tokens: Tensor) -> None:
         """Count what `sample` returned, int64 [len(slots)]; negative tokens are not counted."""

@@ -187,11 +187,30 @@ def test_noise_does_not_depend_on_which_tokens_are_asked_for() -> None:
 
 
 def test_noise_is_always_finite() -> None:
-    # 2^22 draws reach u > 1 - 2^-21; the extremes of the hash itself are clamped below 1.
     values = noise(0, 0, torch.arange(2**22))
     assert values.isfinite().all()
     assert values.mean().item() == pytest.approx(0.57722, abs=0.005)  # Euler's constant, the Gumbel mean
     assert values.var().item() == pytest.approx(math.pi**2 / 6, abs=0.01)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(0, 22.8739), (2**32 - 1, -2.8115)])
+def test_noise_at_the_ends_of_the_hash(k: int, expected: float) -> None:
+    """The key whose hash for token 0 is k in the upper half: the finaliser, run backwards."""
+    mask = 2**64 - 1
+
+    def unshift(z: int, bits: int) -> int:
+        found = z
+        for _ in range(64 // bits):
+            found = z ^ (found >> bits)
+        return found
+
+    z = unshift((k << 32) | (k & mask), 31)
+    z = unshift(z * pow(0x94D049BB133111EB, -1, 2**64) & mask, 27)
+    z = unshift(z * pow(0xBF58476D1CE4E5B9, -1, 2**64) & mask, 30)
+    key = (z - 0x9E3779B97F4A7C15) & mask
+    signed = key - 2**64 if key >= 2**63 else key
+    value = gumbel_noise(torch.tensor([[signed]]), torch.tensor([0])).item()
+    assert value == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("axis", ["seed", "position", "seed far apart"])
@@ -322,9 +341,17 @@ def test_a_reused_slot_starts_clean() -> None:
         state.remove(1)
     state.add(request(1, temperature=0.0), EOS)
     assert state.sample(logits, [1], [2]).item() == 9
+    state.remove(1)
+    logits[0, 4] = 0.9
+    state.add(request(1, prompt=(2,), temperature=0.0, repetition_penalty=2.0), EOS)
+    assert state.sample(logits, [1], [1]).item() == 9
 
 
 # --- ranks and log-probabilities ---
+
+
+def test_both_zeros_are_equal() -> None:
+    assert _rank(torch.tensor([[-0.0, 0.0, -0.0, 0.0]]), 3)[1].tolist() == [[0, 1, 2]]
 
 
 @settings(max_examples=60)
