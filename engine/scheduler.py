@@ -77,9 +77,7 @@ class Scheduler:
     token and calls `commit`, or `remove` when the request has ended.
     """
 
-    def __init__(
-        self, pool: PagePool, stats: EngineStats, *, max_num_seqs: int, max_num_batched_tokens: int
-    ) -> None:
+    def __init__(self, pool: PagePool, stats: EngineStats, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
         self.stats = stats
         self.max_num_seqs = max_num_seqs
@@ -129,7 +127,6 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         rows: list[tuple[RequestState, StepRow]] = []
         new: list[NewRequest] = []
-        num_preemptions = self.stats.preemptions
         # The list shrinks from its end while it is walked: see _grow.
         while len(rows) < len(self.running) and budget > 0:
             request = self.running[len(rows)]
@@ -139,22 +136,17 @@ class Scheduler:
                 break
             rows.append((request, _advance(request, num_scheduled_tokens, new_page_ids)))
             budget -= num_scheduled_tokens
-        # What was preempted just now is next in the queue, and there was no page for it.
-        if self.stats.preemptions == num_preemptions:
-            while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-                request = self.waiting[0]
-                if not self._admit(request):
-                    break
-                new.append(
-                    NewRequest(request.slot, list(request.token_ids), request.prompt_len, request.sampling)
-                )
-                num_hit_pages = len(request.page_ids)
-                num_scheduled_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-                new_page_ids = self._grow(request, num_scheduled_tokens)
-                assert new_page_ids is not None, "admission promised pages that are not there"
-                row = _advance(request, num_scheduled_tokens, request.page_ids[:num_hit_pages] + new_page_ids)
-                rows.append((request, row))
-                budget -= num_scheduled_tokens
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break
+            new.append(NewRequest(request.slot, list(request.token_ids), request.prompt_len, request.sampling))
+            hits = list(request.page_ids)
+            num_scheduled_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            new_page_ids = self._grow(request, num_scheduled_tokens)
+            assert new_page_ids is not None, "admission promised pages that are not there"
+            rows.append((request, _advance(request, num_scheduled_tokens, hits + new_page_ids)))
+            budget -= num_scheduled_tokens
         assert rows, "unfinished requests, and none can run"
         return self._step(rows, new)
 
@@ -197,7 +189,6 @@ class Scheduler:
     def _release(self, request: RequestState, *, findable: bool) -> None:
         self.pool.free(request.page_ids, findable=findable)
         request.page_ids = []
-        request.num_registered_pages = 0
         request.num_computed_tokens = 0
         self._released.append(request.slot)
         heapq.heappush(self._free_slots, request.slot)

@@ -37,6 +37,7 @@ MAX_MODEL_LEN = 512
 VOCAB_SIZE = 50
 EOS_TOKEN_IDS = (3, 4)
 POISON_SEED = 666  # such a request's logits stop being finite at its third output token
+UNMASKED_SEED = 2  # such a request may sample a stop token before min_tokens
 
 
 def digest(token_ids: list[int], salt: int) -> int:
@@ -52,7 +53,8 @@ def next_token(token_ids: list[int], prompt_len: int, sampling: SamplingParams) 
         return -2
     token_id = digest(token_ids, sampling.seed) % VOCAB_SIZE
     forbidden = {*(() if sampling.ignore_eos else EOS_TOKEN_IDS), *(sampling.stop_token_ids or ())}
-    while num_output_tokens < sampling.min_tokens and token_id in forbidden:
+    masked = num_output_tokens < sampling.min_tokens and sampling.seed != UNMASKED_SEED
+    while masked and token_id in forbidden:
         token_id = (token_id + 1) % VOCAB_SIZE
     return token_id
 
@@ -239,7 +241,7 @@ def expected(request: EngineRequest) -> Received:
         received.token_ids.append(token_id)
         if sampling.logprobs is not None:
             received.logprobs.append(logprob(token_ids))
-        if token_id in stop_ids:
+        if token_id in stop_ids and len(received.token_ids) > sampling.min_tokens:
             received.finish_reason, received.stop_token_id = FinishReason.STOP, token_id
         elif len(received.token_ids) == sampling.max_tokens:
             received.finish_reason = FinishReason.LENGTH
@@ -280,10 +282,19 @@ def step(core: EngineCore, answers: dict[str, Received]) -> None:
 
 
 def finish(core: EngineCore, answers: dict[str, Received]) -> dict[str, Received]:
-    while core.has_work():
+    for _ in range(20_000):
+        if not core.has_work():
+            break
         step(core, answers)
+    assert not core.has_work(), "it does not end"
     assert core.pool.num_held == 0 and not len(core.scheduler)
     return answers
+
+
+def step_until_preemption(core: EngineCore, answers: dict[str, Received]) -> None:
+    while not core.stats.preemptions:
+        assert core.has_work(), "nothing was preempted"
+        step(core, answers)
 
 
 def run(core: EngineCore, *requests: EngineRequest) -> dict[str, Received]:
@@ -310,7 +321,7 @@ def request_lists(draw: st.DrawFn) -> list[EngineRequest]:
             max_tokens=max_tokens,
             min_tokens=min(draw(st.sampled_from([0, 0, 5, 60])), max_tokens),
             ignore_eos=draw(st.sampled_from([True, True, False])),
-            seed=draw(st.sampled_from([1, 2, -5, 2**63 - 1, POISON_SEED])),
+            seed=draw(st.sampled_from([1, UNMASKED_SEED, -5, 2**63 - 1, POISON_SEED])),
             stop_token_ids=draw(st.sampled_from([None, None, [7]])),
             logprobs=draw(st.sampled_from([None, 0])),
             prompt_logprobs=draw(st.sampled_from([None, None, 0])),
@@ -418,8 +429,7 @@ def test_preemption_takes_the_youngest_and_puts_it_first_in_the_queue() -> None:
         core.add_request(make_request(f"r{index}", 127, max_tokens=200, ignore_eos=True, seed=index))
     core.add_request(make_request("late", 300, max_tokens=10))
     answers: dict[str, Received] = {}
-    while not core.stats.preemptions:
-        step(core, answers)
+    step_until_preemption(core, answers)
     assert [state.request_id for state in core.scheduler.running] == ["r0", "r1"]
     assert [state.request_id for state in core.scheduler.waiting] == ["r2", "late"]
     assert core.scheduler.waiting[0].num_output_tokens > 0
@@ -468,15 +478,16 @@ def test_prompt_logprobs_survive_preemption_half_way() -> None:
     young = make_request("young", [8] * 200, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
     answers: dict[str, Received] = {}
     core.add_request(old)
-    while not executor.plans or not executor.plans[-1].num_decode_rows:
+    for _ in range(61):
         step(core, answers)
+    assert executor.plans[-1].num_decode_rows == 1
     core.add_request(young)
-    while not core.stats.preemptions:
-        step(core, answers)
+    step_until_preemption(core, answers)
     [state] = core.scheduler.waiting
     assert state.prompt_logprobs is not None and 128 < len(state.prompt_logprobs) < 200
     finish(core, answers)
     assert all(same(answers[request.request_id], expected(request)) for request in (old, young))
+    assert answers["young"].num_cached_tokens == 0, "what preemption found again counts as cached"
     # It re-enters on the page whose log-probabilities are all there.
     again = [row for plan in executor.plans for row in plan.rows if plan.new and row.slot == plan.new[0].slot]
     assert [row.num_computed_tokens for row in again] == [0, 0, 128]
@@ -493,6 +504,53 @@ def test_new_namespace_hides_the_pages_of_before_and_of_running_requests() -> No
     assert answers["b"].num_cached_tokens == 256
     assert run(core, make_request("c", 300, max_tokens=1))["c"].num_cached_tokens == 0
     assert run(core, make_request("d", 300, max_tokens=1))["d"].num_cached_tokens == 256
+
+
+def test_page_under_two_namespaces_is_never_found() -> None:
+    """Also when the first namespace is back before the page is full."""
+    core, _ = make_core()
+    mixed = make_request("mixed", 300, max_tokens=130, ignore_eos=True)
+    core.add_request(mixed)
+    answers: dict[str, Received] = {}
+    step(core, answers)
+    core.pool.set_namespace("other plan")
+    step(core, answers)
+    core.pool.set_namespace("namespace")
+    finish(core, answers)
+    run(core, make_request("pure", 300, max_tokens=1))
+    whole = mixed.prompt_token_ids + answers["mixed"].token_ids
+    assert run(core, make_request("whole", whole, max_tokens=1))["whole"].num_cached_tokens == 256
+
+
+def test_preempted_request_takes_up_the_namespace_it_re_enters_in() -> None:
+    core, _ = make_core(num_pages=6)
+    core.add_request(make_request("old", 130, max_tokens=300, ignore_eos=True))
+    core.add_request(make_request("young", [8] * 130, max_tokens=300, ignore_eos=True))
+    answers: dict[str, Received] = {}
+    step_until_preemption(core, answers)
+    core.pool.set_namespace("other plan")
+    finish(core, answers)
+    assert run(core, make_request("again", [8] * 130, max_tokens=1))["again"].num_cached_tokens == 128
+
+
+def test_half_computed_page_of_an_aborted_request_is_not_found() -> None:
+    core, _ = make_core(max_num_batched_tokens=200)
+    core.add_request(make_request("gone", 300))
+    step(core, {})
+    core.abort("gone")
+    answers = finish(core, {})
+    core.add_request(make_request("next", 300))
+    assert finish(core, answers)["next"].num_cached_tokens == 128
+
+
+def test_cached_tokens_are_those_of_the_prompt() -> None:
+    core, _ = make_core()
+    request = make_request("r", 100, max_tokens=200, ignore_eos=True)
+    answer = run(core, request)["r"]
+    again = dataclasses.replace(request, output_token_ids=answer.token_ids[:150])
+    core.add_request(again)
+    rest = finish(core, {"r": Received(answer.token_ids[:150])})["r"]
+    assert rest.token_ids == answer.token_ids and rest.num_cached_tokens == 100
 
 
 def test_not_finite_logits_end_that_request_alone_and_its_pages_are_not_found() -> None:
