@@ -132,9 +132,9 @@ class EngineReplica:
         self._engine.check_health()
         return encode(self._info)
 
-    async def worker_pids(self) -> list[int]:
-        """Processes of the worker group, rank 0 first (for operators and fault tests)."""
-        return list(self._worker_pids)
+    async def pids(self) -> list[int]:
+        """Processes of this replica: its own, then rank 0, rank 1, ... (for operators and fault tests)."""
+        return [os.getpid(), *self._worker_pids]
 
     async def check_health(self) -> None:
         """Raise EngineDead when this replica should be replaced. O(1)."""

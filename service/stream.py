@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 PROBE_PERIOD_S = 2.0
 # A replica that does not answer a probe within this time does not count as ready.
-PROBE_TIMEOUT_S = 10.0
+PROBE_TIMEOUT_S = 4.0
 # How often overdue submits are looked for.
 SWEEP_PERIOD_S = 0.5
 # The reply to a submit and the events travel on different paths: how long the last events may come after it.
@@ -145,14 +145,14 @@ class EngineClient:
         # Attempt ids are unique over all ingress processes.
         self._client_id = f"{new_epoch():016x}"
         self._epoch = new_epoch()
-        self._token = new_token()
-        self._gate = Gate(self._token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
+        self.token = new_token()
+        self._gate = Gate(self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
         self._streams: dict[str, _Stream] = {}
         self._batches: dict[int, _Batch] = {}
         self._replicas: dict[str, _Replica] = {}
         self._batcher = Batcher(self._send)
         self._num_attempts = 0
-        self._num_submits = 0
+        self.num_submits = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._info: EngineInfo | None = None
         self._answered_at_s: float | None = None
@@ -164,7 +164,7 @@ class EngineClient:
         self._handle = handle
         self._context: zmq.Context[Any] = zmq.Context()
         host = self._settings.data_host or ray.util.get_node_ip_address()
-        self._socket, self._endpoint = bind_pull(
+        self._socket, self.endpoint = bind_pull(
             zmq.asyncio.Context(self._context), directory=None, name="events", host=host
         )
         for work in (self._read_events(), self._probe(), self._sweep()):
@@ -229,6 +229,11 @@ class EngineClient:
         )
 
     @property
+    def attempt_ids(self) -> list[str]:
+        """Ids under which the engine knows the requests in flight."""
+        return list(self._streams)
+
+    @property
     def num_dropped(self) -> int:
         """Messages on the event socket that were not let in."""
         return self._gate.dropped
@@ -254,12 +259,12 @@ class EngineClient:
         if not live:
             on_its_way.set_result(None)
             return on_its_way
-        self._num_submits += 1
+        self.num_submits += 1
         # Streams that a client already reads wait longer: there is nothing better to tell it.
         resubmits = all(stream.num_retries for stream in live)
         limit_s = self._settings.failover_timeout_s if resubmits else self._settings.submit_timeout_s
         batch = _Batch(
-            self._num_submits,
+            self.num_submits,
             [stream.attempt_id for stream in live],
             time.monotonic() + limit_s,
             on_its_way,
@@ -268,7 +273,7 @@ class EngineClient:
         requests = [
             dataclasses.replace(s.request, request_id=s.attempt_id, output_token_ids=s.token_ids) for s in live
         ]
-        payload = encode(Submit(batch.submit_id, self._endpoint, self._token, requests))
+        payload = encode(Submit(batch.submit_id, self.endpoint, self.token, requests))
         batch.call = asyncio.create_task(self._call(batch, payload))
         return on_its_way
 
@@ -429,6 +434,8 @@ class EngineClient:
                 nobody_waits = not any(name in self._streams for name in batch.attempt_ids)
                 if batch.replica_id is not None or (now_s < batch.deadline_s and not nobody_waits):
                     continue
+                if not nobody_waits:
+                    self._answered_at_s = None
                 for stream in self._open_streams(batch):
                     stream.fail(EngineDead("no engine replica accepted the request in time"))
                 if batch.call is not None:

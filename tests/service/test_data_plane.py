@@ -1,0 +1,344 @@
+"""Tokens from a real engine replica to an EngineClient: order, batching, aborts, refusals, and the loss of a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import ray
+import zmq
+import zmq.asyncio
+
+from engine import LLM
+from engine.errors import EngineDead, Overloaded, RequestError
+from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_token, pack
+from engine.types import EngineRequest, FinishReason, RequestEvent, SamplingParams
+from service.batcher import Batcher
+from service.messages import Accepted, StepEvents, Submit, SubmitReply
+from service.settings import ServiceSettings
+from tests.conftest import LOOPBACK, Cluster, engine_client, process_exists, wait_until, wait_until_async
+
+ENGINE: dict[str, Any] = {"max_model_len": 4096, "max_num_seqs": 4, "num_pages": 160, "max_num_batched_tokens": 512}
+PROMPTS = [[3, 4, 5], list(range(20, 180)), [9] * 300, [77, 11]]
+
+
+def sampling(seed: int, max_tokens: int = 24, **others: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **others)
+
+
+async def collect(events: Any) -> list[int]:
+    """All tokens of a stream; checks that it ends once and that no event is missing."""
+    token_ids: list[int] = []
+    finish_reason = None
+    async for event in events:
+        assert finish_reason is None
+        assert event.index == len(token_ids)
+        token_ids += event.token_ids
+        finish_reason = event.finish_reason
+    assert finish_reason is FinishReason.LENGTH
+    return token_ids
+
+
+def series(cluster: Cluster, name: str) -> float:
+    """Sum of a series over its labels."""
+    with urllib.request.urlopen(cluster.metrics_url, timeout=5) as reply:
+        text = reply.read().decode()
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^\n]*}})? (\S+)$", text, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def settings(cluster: Cluster, checkpoint: Path) -> ServiceSettings:
+    return cluster.settings(checkpoint, max_queued_requests=2, **ENGINE)
+
+
+@pytest.fixture(scope="module")
+def handle(cluster: Cluster, settings: ServiceSettings) -> Iterator[Any]:
+    with cluster.engine(settings) as handle:
+        yield handle
+
+
+def offline(checkpoint: Path, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    llm = LLM(checkpoint, backend="torch", dtype="float32", num_threads=1, **ENGINE)
+    try:
+        return [output.token_ids for output in llm.generate(prompts, params)]
+    finally:
+        llm.close()
+
+
+def test_concurrent_streams_give_the_offline_tokens(
+    settings: ServiceSettings, handle: Any, checkpoint: Path
+) -> None:
+    params = [sampling(seed, logprobs=2) for seed in range(len(PROMPTS))]
+
+    async def run() -> list[list[int]]:
+        async with engine_client(settings, handle) as client:
+            streams = [client.generate(EngineRequest("same id", p, s)) for p, s in zip(PROMPTS, params, strict=True)]
+            tokens = await asyncio.gather(*map(collect, streams))
+            assert client.num_submits == 1, "streams that start together leave together"
+            assert client.ready()
+            assert (await client.info()).plan == "DDFFF"
+            return tokens
+
+    assert asyncio.run(run()) == offline(checkpoint, PROMPTS, params)
+
+
+def test_events_that_nobody_takes_are_merged(settings: ServiceSettings, handle: Any) -> None:
+    """Log-probabilities stay aligned with the tokens of a merged event."""
+
+    async def run() -> list[RequestEvent]:
+        async with engine_client(settings, handle) as client:
+            params = sampling(1, 64, logprobs=1, prompt_logprobs=0)
+            events = []
+            async for event in client.generate(EngineRequest("r", [5, 6, 7], params)):
+                events.append(event)
+                await asyncio.sleep(0.5)
+            return events
+
+    events = asyncio.run(run())
+    assert len(events) < 16
+    assert [len(event.logprobs or []) for event in events] == [len(event.token_ids) for event in events]
+    for event in events:
+        assert all(token in entry for token, entry in zip(event.token_ids, event.logprobs or [], strict=True))
+    assert [event.prompt_logprobs is not None for event in events] == [True] + [False] * (len(events) - 1)
+
+
+def test_a_slow_reader_is_cut_off(settings: ServiceSettings, handle: Any) -> None:
+    async def run() -> RequestEvent:
+        narrow = settings.model_copy(update={"max_undelivered_tokens": 8})
+        async with engine_client(narrow, handle) as client:
+            stream = client.generate(EngineRequest("r", [5, 6, 7], sampling(1, 3000)))
+            event = await anext(stream)
+            while event.finish_reason is None:
+                await asyncio.sleep(0.5)
+                event = await anext(stream)
+            return event
+
+    event = asyncio.run(run())
+    assert event.finish_reason is FinishReason.ERROR
+    assert event.error is not None and "limit 8" in event.error
+
+
+def test_closing_a_stream_frees_its_pages(cluster: Cluster, settings: ServiceSettings, handle: Any) -> None:
+    async def run() -> None:
+        async with engine_client(settings, handle) as client:
+            async with aclosing(client.generate(EngineRequest("r", [8] * 500, sampling(1, 3000)))) as stream:
+                await anext(stream)
+                assert series(cluster, "m3_kv_cache_usage_perc") > 0
+            idle = lambda: series(cluster, "m3_kv_cache_usage_perc") == 0  # noqa: E731
+            assert await asyncio.to_thread(wait_until, idle, timeout_s=5, what="free pages") < 1.0
+            before = series(cluster, "m3_generation_tokens_total")
+            await asyncio.sleep(0.3)
+            assert series(cluster, "m3_generation_tokens_total") == before
+
+    asyncio.run(run())
+
+
+def test_refusals_come_before_the_first_event(settings: ServiceSettings, handle: Any) -> None:
+    async def run() -> None:
+        async with engine_client(settings, handle) as client:
+            bad = client.generate(EngineRequest("r", [1] * 5000, sampling(1)))
+            good = client.generate(EngineRequest("r", [1] * 5, sampling(1, 2000)))
+            first, event = await asyncio.gather(anext(bad), anext(good), return_exceptions=True)
+            assert isinstance(first, RequestError)
+            assert (first.param, first.code) == ("prompt", "context_length_exceeded")
+            assert isinstance(event, RequestEvent) and event.token_ids, "the neighbour in the batch runs on"
+
+            others = [client.generate(EngineRequest("r", [1] * 5, sampling(i, 2000))) for i in range(7)]
+            answers = await asyncio.gather(
+                *(asyncio.wait_for(anext(stream), 2.0) for stream in others), return_exceptions=True
+            )
+            refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+            # 4 run and 2 wait; one of them is `good`.
+            assert len(refused) == 2
+            assert refused[0].retry_after_s > 0 and "limit 6" in str(refused[0])
+            for stream in (good, *others):
+                await stream.aclose()
+
+    asyncio.run(run())
+
+
+class RawIngress:
+    """An ingress made by hand: a socket, and submits through the handle."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.token = new_token()
+        self.socket, self.endpoint = bind_pull(
+            zmq.asyncio.Context(self.context), directory=None, name="", host=LOOPBACK
+        )
+        self.gate = Gate(self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
+
+    def submit(self, handle: Any, request: EngineRequest) -> Any:
+        return handle.submit.remote(encode(Submit(1, self.endpoint, self.token, [request])))
+
+    async def receive(self) -> Any:
+        message = self.gate.admit(await asyncio.wait_for(self.socket.recv_multipart(), 10.0))
+        assert message is not None
+        return message[1]
+
+
+def test_an_ingress_that_vanishes_loses_its_requests(
+    cluster: Cluster, settings: ServiceSettings, handle: Any
+) -> None:
+    async def run() -> SubmitReply:
+        ingress = RawIngress()
+        response = ingress.submit(handle, EngineRequest("vanish", [8] * 500, sampling(1, 3000)))
+        assert isinstance(await ingress.receive(), Accepted)
+        assert isinstance(await ingress.receive(), StepEvents)
+        ingress.socket.close(linger=0)
+        ingress.context.term()
+        return msgspec.msgpack.decode(await asyncio.wait_for(response, 5.0), type=SubmitReply)
+
+    reply = asyncio.run(run())
+    assert [ended.finish_reason for ended in reply.ended] == [FinishReason.ABORT]
+    assert 0 < reply.ended[0].num_output_tokens < 3000
+    wait_until(lambda: series(cluster, "m3_kv_cache_usage_perc") == 0, timeout_s=5, what="free pages")
+
+
+def test_strangers_on_the_token_sockets_change_nothing(
+    cluster: Cluster, settings: ServiceSettings, handle: Any
+) -> None:
+    async def run() -> None:
+        ingress = RawIngress()
+        response = ingress.submit(handle, EngineRequest("mine", [8] * 5, sampling(1, 200)))
+        accepted = await ingress.receive()
+        dropped = series(cluster, "m3_dropped_messages_total")
+        async with engine_client(settings, handle) as client:
+            strangers = [connect_push(ingress.context, e) for e in (accepted.control_endpoint, client.endpoint)]
+            for stranger in strangers:
+                # A well-formed abort of a request that runs, but with another token.
+                for frames in (pack(new_token(), Header(Kind.ABORT, 0, 0), encode([["mine"]])), [b"?"], [b""] * 3):
+                    stranger.send_multipart(frames)
+            tokens = await collect(client.generate(EngineRequest("r", [8] * 5, sampling(1, 200))))
+            assert len(tokens) == 200
+            assert client.num_dropped == 3
+        reply = msgspec.msgpack.decode(await asyncio.wait_for(response, 20.0), type=SubmitReply)
+        assert [(e.finish_reason, e.num_output_tokens) for e in reply.ended] == [(FinishReason.LENGTH, 200)]
+        assert series(cluster, "m3_dropped_messages_total") == dropped + 3
+        for socket in (ingress.socket, *strangers):
+            socket.close(linger=0)
+        ingress.context.term()
+
+    asyncio.run(run())
+
+
+def test_a_lost_message_is_noticed_and_filled(settings: ServiceSettings, handle: Any, checkpoint: Path) -> None:
+    """An event that skips tokens stands for a message that never came: the stream goes on from what it has."""
+    params = sampling(5, 120)
+
+    async def run() -> list[int]:
+        async with engine_client(settings, handle) as client:
+            stream = client.generate(EngineRequest("r", [5, 6, 7], params))
+            first = await anext(stream)
+            [attempt_id] = client.attempt_ids
+            forged = StepEvents([RequestEvent(attempt_id, 60, [1])], [])
+            sender: zmq.Socket[Any] = connect_push(context, client.endpoint)
+            sender.send_multipart(pack(client.token, Header(Kind.EVENTS, 0, 0), encode(forged)))
+            tokens = list(first.token_ids)
+            async for event in stream:
+                tokens += event.token_ids
+            assert client.num_submits == 2
+            sender.close()
+            return tokens
+
+    context: zmq.Context[Any] = zmq.Context()
+    assert asyncio.run(run()) == offline(checkpoint, [[5, 6, 7]], [params])[0]
+    context.term()
+
+
+@pytest.mark.parametrize("victim", ["replica", "rank"])
+def test_a_stream_survives_the_death_of_its_replica(
+    cluster: Cluster, checkpoint: Path, handle: Any, victim: str
+) -> None:
+    """Greedy and sampled streams continue token for token; nothing of the dead replica stays."""
+    params = [sampling(1, 400), sampling(2, 400, temperature=0.0)]
+    prompts = [[5, 6, 7], list(range(30, 200))]
+    settings = cluster.settings(checkpoint, **ENGINE)
+
+    async def run() -> tuple[list[list[int]], list[int]]:
+        async with engine_client(settings, handle) as client:
+            old: list[int] = await handle.pids.remote()
+            streams = [client.generate(EngineRequest("r", p, s)) for p, s in zip(prompts, params, strict=True)]
+            firsts = await asyncio.gather(*map(anext, streams))
+            os.kill(old[0] if victim == "replica" else old[1], signal.SIGKILL)
+            tokens = [list(first.token_ids) for first in firsts]
+
+            async def rest(i: int) -> None:
+                async for event in streams[i]:
+                    assert event.index == len(tokens[i])
+                    tokens[i].extend(event.token_ids)
+
+            await asyncio.wait_for(asyncio.gather(rest(0), rest(1)), 60.0)
+            assert client.ready()
+            new: list[int] = await handle.pids.remote()
+            assert not set(old) & set(new)
+            return tokens, old
+
+    tokens, old = asyncio.run(run())
+    assert tokens == offline(checkpoint, prompts, params)
+    wait_until(lambda: not any(map(process_exists, old)), timeout_s=10, what="the end of the old processes")
+    groups = ray.util.placement_group_table().values()
+    assert sum(group["state"] == "CREATED" for group in groups) == 1
+
+
+def test_without_a_replica_requests_fail_in_time(cluster: Cluster, checkpoint: Path) -> None:
+    settings = cluster.settings(checkpoint, submit_timeout_s=1.0, **ENGINE)
+
+    async def run(handle: Any) -> None:
+        async with engine_client(settings, handle) as client:
+            await wait_until_async(_is_ready(client), timeout_s=10, what="ready")
+            os.kill((await handle.pids.remote())[0], signal.SIGKILL)
+            started_s = time.monotonic()
+            with pytest.raises(EngineDead):
+                await anext(client.generate(EngineRequest("r", [5, 6, 7], sampling(1))))
+            assert time.monotonic() - started_s < 4.0
+            assert not client.ready()
+
+    with cluster.engine(settings) as handle:
+        asyncio.run(run(handle))
+
+
+def _is_ready(client: Any) -> Any:
+    async def ready() -> bool:
+        return bool(client.ready())
+
+    return ready
+
+
+def test_batcher_groups_what_arrives_while_a_group_is_on_its_way() -> None:
+    async def run() -> None:
+        groups: list[list[int]] = []
+        taken: list[asyncio.Future[None]] = []
+
+        def send(group: list[int]) -> asyncio.Future[None]:
+            groups.append(group)
+            taken.append(asyncio.get_running_loop().create_future())
+            return taken[-1]
+
+        batcher = Batcher(send)
+        batcher.add(1)
+        batcher.add(2)
+        await asyncio.sleep(0)
+        assert groups == [[1, 2]], "a group leaves in the turn after it was added"
+        batcher.add(3)
+        await asyncio.sleep(0.01)
+        batcher.add(4)
+        assert groups == [[1, 2]]
+        taken[0].set_result(None)
+        await asyncio.sleep(0.01)
+        assert groups == [[1, 2], [3, 4]]
+        batcher.add(5)
+        await asyncio.sleep(0.2)
+        assert groups == [[1, 2], [3, 4], [5]], "a group that no replica takes holds up the next one only briefly"
+
+    asyncio.run(run())
