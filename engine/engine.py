@@ -29,7 +29,7 @@ NOT_FINITE = -2
 
 
 class EngineCore:
-    """Runs requests on an executor. One thread makes all calls.
+    """Runs requests on an executor, which it owns and closes. One thread makes all calls.
 
     Text is not its business: it stops at token ids; stop strings are matched by whoever decodes, and end in
     `abort`.
@@ -39,6 +39,7 @@ class EngineCore:
         self.info = executor.info
         pool_tokens = self.info.num_pages * PAGE_SIZE
         if pool_tokens < self.info.max_model_len:
+            executor.close()
             raise ConfigError(
                 f"num_pages is {self.info.num_pages}: {pool_tokens} tokens, fewer than one request may have "
                 f"(max_model_len, {self.info.max_model_len}); raise num_pages or memory_fraction, "

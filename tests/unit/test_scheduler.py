@@ -694,8 +694,11 @@ def test_longest_request_runs_in_the_smallest_pool() -> None:
 
 
 def test_pool_smaller_than_one_request_is_a_config_error() -> None:
+    config = EngineConfig("model")
+    executor = CheckingExecutor(config, num_pages=3)
     with pytest.raises(ConfigError, match=r"384 tokens.*max_model_len, 512"):
-        make_core(num_pages=3)
+        EngineCore(config, executor)
+    assert executor.closed == 1
 
 
 def test_stats_count_and_drain_once() -> None:
