@@ -8,11 +8,9 @@ do not aggregate. Gauges of an engine replica carry its slot (0..replicas-1), so
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from engine.errors import M3Error
 from engine.metrics import EngineStats
 from engine.types import EngineInfo
 
@@ -128,7 +126,8 @@ class EngineSeries:
         CACHE_CONFIG_INFO.labels(
             *labels, str(info.num_pages), str(info.page_size), str(info.page_bytes), str(info.max_model_len)
         ).set(1)
-        self._last: dict[tuple[str, ...], float] = {}
+        self._last: dict[Counter, float] = {}
+        self._layer_counters: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
         self._counters = {
             "computed_prompt_tokens": PROMPT_TOKENS.labels(*labels),
             "generation_tokens": GENERATION_TOKENS.labels(*labels),
@@ -160,9 +159,7 @@ class EngineSeries:
     def update(self, stats: EngineStats) -> None:
         """Publish what one step changed. Called by the thread that owns `stats`."""
         for name, counter in self._counters.items():
-            self._grow(counter, (name,), getattr(stats, name))
-        for name, gauge in self._gauges.items():
-            gauge.set(getattr(stats, name))
+            self._grow(counter, getattr(stats, name))
         observations = stats.drain()
         for name, histogram in self._histograms.items():
             for value in getattr(observations, name):
@@ -173,29 +170,36 @@ class EngineSeries:
             (SPARSE_ATTENTION_SECONDS, stats.sparse_attention_s),
             (SPARSE_ATTENTION_SAMPLES, stats.sparse_attention_samples),
         ):
-            self._grow_by_labels(metric, {(str(layer), phase): v for (layer, phase), v in by_phase.items()})
+            for (layer_id, phase), value in by_phase.items():
+                self._grow_layer(metric, (str(layer_id), phase), value)
         for metric, by_layer, more in (
             (INDEX_SELECTIONS, stats.selections_computed, ("compute",)),
             (INDEX_SELECTIONS, stats.selections_reused, ("reuse",)),
             (INDEX_OVERLAP_SUM, stats.overlap_sum, ()),
             (INDEX_OVERLAP_COUNT, stats.overlap_count, ()),
         ):
-            self._grow_by_labels(metric, {(str(layer), *more): value for layer, value in by_layer.items()})
+            for layer_id, value in by_layer.items():
+                self._grow_layer(metric, (str(layer_id), *more), value)
+        # Last: who sees an idle engine sees all that it did.
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(stats, name))
 
     def count_dropped_message(self) -> None:
         """A message on the replica's control socket was not let in."""
         self._dropped.inc()
 
-    def _grow_by_labels(self, metric: Counter, values: Mapping[tuple[str, ...], float]) -> None:
-        for labels, value in values.items():
-            if value != self._last.get((metric._name, *labels), 0.0):
-                self._grow(metric.labels(*self._labels, *labels), (metric._name, *labels), value)
+    def _grow_layer(self, metric: Counter, labels: tuple[str, ...], value: float) -> None:
+        key = (metric, labels)
+        counter = self._layer_counters.get(key)
+        if counter is None:
+            counter = self._layer_counters[key] = metric.labels(*self._labels, *labels)
+        self._grow(counter, value)
 
-    def _grow(self, counter: Counter, key: tuple[str, ...], value: float) -> None:
-        last = self._last.get(key, 0.0)
+    def _grow(self, counter: Counter, value: float) -> None:
+        last = self._last.get(counter, 0.0)
         if value != last:
             counter.inc(value - last)
-            self._last[key] = value
+            self._last[counter] = value
 
 
 class IngressSeries:
@@ -211,10 +215,6 @@ class IngressSeries:
     def timer(self) -> RequestTimer:
         """Start to time one request, or one choice of it, now."""
         return RequestTimer(self)
-
-    def count_http(self, route: str, status: int) -> None:
-        """One HTTP response. route: the template (`/v1/models/{id}`), never the raw path."""
-        HTTP_REQUESTS.labels(route, str(status)).inc()
 
     def count_failover(self) -> None:
         """A request moved to another replica."""
@@ -247,7 +247,3 @@ class RequestTimer:
         self._series._e2e.observe(time.monotonic() - self._arrival_s)
         REQUEST_SUCCESS.labels(self._series._model_name, reason).inc()
 
-
-def refusal_code(error: M3Error) -> str:
-    """The label of a refusal: the error's own code, or its class."""
-    return str(getattr(error, "code", "") or type(error).__name__)

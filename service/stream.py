@@ -19,13 +19,14 @@ import zmq
 import zmq.asyncio
 from ray.serve.exceptions import BackPressureError
 
-from engine.errors import EngineDead, M3Error, Overloaded
+from engine.errors import EngineDead, Overloaded
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
-from engine.types import EngineInfo, EngineRequest, FinishReason, RequestEvent
+from engine.types import EngineInfo, EngineRequest, RequestEvent
 from service.batcher import Batcher
 from service.messages import Abort, Accepted, Ended, StepEvents, Submit, SubmitReply
 from service.metrics import IngressSeries
 from service.settings import ServiceSettings
+from service.token_stream import TokenStream
 
 log = logging.getLogger(__name__)
 
@@ -39,78 +40,6 @@ LAST_EVENTS_TIMEOUT_S = 2.0
 RETRY_BACKOFF_S = 0.25
 _info_decoder = msgspec.msgpack.Decoder(EngineInfo)
 _reply_decoder = msgspec.msgpack.Decoder(SubmitReply)
-
-
-class _Stream:
-    """One request of a caller, over all its attempts."""
-
-    def __init__(self, request: EngineRequest, max_undelivered_tokens: int) -> None:
-        self.request = request
-        self.token_ids = list(request.output_token_ids)
-        self.attempt_id = ""
-        self.num_retries = 0
-        self.ended = False
-        self._max_undelivered_tokens = max_undelivered_tokens
-        self._num_cached_tokens: int | None = None
-        self._pending: RequestEvent | None = None
-        self._error: M3Error | None = None
-        self._wake = asyncio.Event()
-
-    def push(self, event: RequestEvent) -> bool:
-        """Take the engine's next event; False when one before it is missing."""
-        if event.index != len(self.token_ids):
-            return False
-        self.token_ids += event.token_ids
-        event.request_id = self.request.request_id
-        if self._num_cached_tokens is None:
-            self._num_cached_tokens = event.num_cached_tokens
-        # After a failover the replica may find tokens in its cache that this stream had delivered.
-        event.num_cached_tokens = self._num_cached_tokens
-        self.ended = event.finish_reason is not None
-        self._pending = event if self._pending is None else _merge(self._pending, event)
-        if len(self._pending.token_ids) > self._max_undelivered_tokens and not self.ended:
-            self._pending.finish_reason = FinishReason.ERROR
-            self._pending.error = (
-                f"the client reads too slowly: {len(self._pending.token_ids)} tokens wait for it, "
-                f"limit {self._max_undelivered_tokens} (max_undelivered_tokens)"
-            )
-            self.ended = True
-        self._wake.set()
-        return True
-
-    def fail(self, error: M3Error) -> None:
-        """End the stream with an exception, after what is still to be delivered."""
-        if not self.ended:
-            self.ended = True
-            self._error = error
-            self._wake.set()
-
-    async def next(self) -> RequestEvent:
-        """Everything that arrived since the last call, as one event. Waits while there is nothing.
-
-        The client's sweep ends a stream that no replica takes, and Serve replaces a replica that is stuck: both
-        end this wait.
-        """
-        while self._pending is None:
-            if self._error is not None:
-                raise self._error
-            self._wake.clear()
-            await self._wake.wait()
-        event, self._pending = self._pending, None
-        return event
-
-
-def _merge(first: RequestEvent, second: RequestEvent) -> RequestEvent:
-    """Both events as one; `first` is changed."""
-    first.token_ids += second.token_ids
-    if second.logprobs is not None:
-        first.logprobs = (first.logprobs or []) + second.logprobs
-    if second.prompt_logprobs is not None:
-        first.prompt_logprobs = second.prompt_logprobs
-    first.finish_reason = second.finish_reason
-    first.stop_token_id = second.stop_token_id
-    first.error = second.error
-    return first
 
 
 @dataclasses.dataclass(slots=True)
@@ -147,7 +76,7 @@ class EngineClient:
         self._epoch = new_epoch()
         self.token = new_token()
         self._gate = Gate(self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, TokenStream] = {}
         self._batches: dict[int, _Batch] = {}
         self._replicas: dict[str, _Replica] = {}
         self._batcher = Batcher(self._send)
@@ -200,7 +129,7 @@ class EngineClient:
         event, and EngineDead when no replica answers or the retry limit is used up, at any point. A finish_reason
         ERROR comes with `event.error`.
         """
-        stream = _Stream(request, self._settings.max_undelivered_tokens)
+        stream = TokenStream(request, self._settings.max_undelivered_tokens)
         self._queue(stream)
         try:
             while True:
@@ -240,7 +169,7 @@ class EngineClient:
 
     # --- sending ----------------------------------------------------------------------------------------------
 
-    def _queue(self, stream: _Stream) -> None:
+    def _queue(self, stream: TokenStream) -> None:
         """Give the stream a new attempt and send it with the next batch."""
         if stream.ended:
             return
@@ -252,7 +181,7 @@ class EngineClient:
         self._streams[stream.attempt_id] = stream
         self._batcher.add(stream)
 
-    def _send(self, streams: list[_Stream]) -> asyncio.Future[None]:
+    def _send(self, streams: list[TokenStream]) -> asyncio.Future[None]:
         """Start one submit; the future is done when a replica has it, or none will."""
         on_its_way: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         live = [stream for stream in streams if not stream.ended]
@@ -305,7 +234,7 @@ class EngineClient:
             raise
         return reply
 
-    def _open_streams(self, batch: _Batch) -> list[_Stream]:
+    def _open_streams(self, batch: _Batch) -> list[TokenStream]:
         return [self._streams.pop(name) for name in batch.attempt_ids if name in self._streams]
 
     def _lost(self, batch: _Batch, cause: str) -> None:
@@ -318,7 +247,7 @@ class EngineClient:
         for stream in self._open_streams(batch):
             self._retry(stream, cause)
 
-    def _retry(self, stream: _Stream, cause: str) -> None:
+    def _retry(self, stream: TokenStream, cause: str) -> None:
         if stream.ended:
             return
         if stream.num_retries >= self._settings.retry_limit:
@@ -447,7 +376,7 @@ def _set_done(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _describe_gap(stream: _Stream, account: Ended | None) -> str:
+def _describe_gap(stream: TokenStream, account: Ended | None) -> str:
     if account is None:
         return "the replica did not account for the request"
     return (

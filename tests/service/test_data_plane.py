@@ -1,4 +1,4 @@
-"""Tokens from a real engine replica to an EngineClient: order, batching, aborts, refusals, and the loss of a replica."""
+"""Tokens from a real engine replica to an EngineClient: order, batching, aborts, refusals, loss of a replica."""
 
 from __future__ import annotations
 

@@ -1,0 +1,80 @@
+"""What arrives for one request between the event socket and its reader."""
+
+from __future__ import annotations
+
+import asyncio
+
+from engine.errors import M3Error
+from engine.types import EngineRequest, FinishReason, RequestEvent
+
+
+class TokenStream:
+    """One request of a caller, over all its attempts."""
+
+    def __init__(self, request: EngineRequest, max_undelivered_tokens: int) -> None:
+        self.request = request
+        self.token_ids = list(request.output_token_ids)
+        self.attempt_id = ""
+        self.num_retries = 0
+        self.ended = False
+        self._max_undelivered_tokens = max_undelivered_tokens
+        self._num_cached_tokens: int | None = None
+        self._pending: RequestEvent | None = None
+        self._error: M3Error | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, event: RequestEvent) -> bool:
+        """Take the engine's next event; False when one before it is missing."""
+        if event.index != len(self.token_ids):
+            return False
+        self.token_ids += event.token_ids
+        event.request_id = self.request.request_id
+        if self._num_cached_tokens is None:
+            self._num_cached_tokens = event.num_cached_tokens
+        # After a failover the replica may find tokens in its cache that this stream had delivered.
+        event.num_cached_tokens = self._num_cached_tokens
+        self.ended = event.finish_reason is not None
+        self._pending = event if self._pending is None else _merge(self._pending, event)
+        if len(self._pending.token_ids) > self._max_undelivered_tokens and not self.ended:
+            self._pending.finish_reason = FinishReason.ERROR
+            self._pending.error = (
+                f"the client reads too slowly: {len(self._pending.token_ids)} tokens wait for it, "
+                f"limit {self._max_undelivered_tokens} (max_undelivered_tokens)"
+            )
+            self.ended = True
+        self._wake.set()
+        return True
+
+    def fail(self, error: M3Error) -> None:
+        """End the stream with an exception, after what is still to be delivered."""
+        if not self.ended:
+            self.ended = True
+            self._error = error
+            self._wake.set()
+
+    async def next(self) -> RequestEvent:
+        """Everything that arrived since the last call, as one event. Waits while there is nothing.
+
+        The client's sweep ends a stream that no replica takes, and Serve replaces a replica that is stuck: both
+        end this wait.
+        """
+        while self._pending is None:
+            if self._error is not None:
+                raise self._error
+            self._wake.clear()
+            await self._wake.wait()
+        event, self._pending = self._pending, None
+        return event
+
+
+def _merge(first: RequestEvent, second: RequestEvent) -> RequestEvent:
+    """Both events as one; `first` is changed."""
+    first.token_ids += second.token_ids
+    if second.logprobs is not None:
+        first.logprobs = (first.logprobs or []) + second.logprobs
+    if second.prompt_logprobs is not None:
+        first.prompt_logprobs = second.prompt_logprobs
+    first.finish_reason = second.finish_reason
+    first.stop_token_id = second.stop_token_id
+    first.error = second.error
+    return first

@@ -1,0 +1,180 @@
+"""The series of the whole service, scraped from the exporter while real requests run."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from service import metrics
+from tests.conftest import Cluster, wait_until
+
+LABELS = {
+    *("model_name", "engine", "layer", "phase", "role", "route", "status", "code", "finished_reason", "le"),
+    *("plan", "backend", "dtype", "tensor_parallel_size", "num_pages", "page_size", "page_bytes", "max_model_len"),
+}
+PROMPT = list(range(10, 410)) * 3
+NUM_TOKENS = 20
+
+
+class Scrape:
+    """One scrape; `get` sums the samples that match."""
+
+    def __init__(self, url: str) -> None:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            text = reply.read().decode()
+        self.samples: list[Sample] = [s for family in text_string_to_metric_families(text) for s in family.samples]
+
+    def get(self, name: str, **labels: str) -> float:
+        return math.fsum(
+            s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()
+        )
+
+    def values(self, name: str, label: str, **labels: str) -> set[str]:
+        found = (s for s in self.samples if s.name == name and labels.items() <= s.labels.items() and s.value > 0)
+        return {s.labels[label] for s in found}
+
+
+@pytest.fixture(scope="module")
+def scrapes(cluster: Cluster, checkpoint: Path) -> Iterator[tuple[Scrape, Scrape]]:
+    """Before and after: the same prompt twice (the second streamed), then one refusal of each kind."""
+    settings = cluster.settings(
+        checkpoint,
+        served_model_name="counted",
+        max_model_len=2048,
+        num_pages=64,
+        index_topk_freq=2,
+        index_reuse="audited",
+        audit_interval=1,
+        probe_interval=1,
+    )
+    body = {"model": "counted", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": 1}
+    with cluster.service(settings) as url, httpx.Client(base_url=url, timeout=30.0) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200, timeout_s=20, what="ready")
+        before = Scrape(cluster.metrics_url)
+        assert client.post("/v1/completions", json=body).status_code == 200
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
+            assert reply.read().endswith(b"data: [DONE]\n\n")
+        assert client.post("/v1/completions", json=body | {"max_tokens": 4000}).status_code == 400
+        assert client.post("/v1/completions", json=body | {"model": "other"}).status_code == 404
+
+        def at_rest() -> bool:
+            now = Scrape(cluster.metrics_url)
+            answers = now.get("m3_http_requests_total", route="/v1/completions")
+            ended = now.get("m3_request_success_total", model_name="counted")
+            busy = now.get("m3_num_requests_running", model_name="counted")
+            return not busy and ended == 2 and answers - before.get("m3_http_requests_total", route="/v1/completions") == 4
+
+        wait_until(at_rest, timeout_s=5, what="an idle service")
+        yield before, Scrape(cluster.metrics_url)
+
+
+def grown(scrapes: tuple[Scrape, Scrape], name: str, **labels: str) -> float:
+    return scrapes[1].get(name, **labels) - scrapes[0].get(name, **labels)
+
+
+def test_tokens_and_requests_are_counted_exactly(scrapes: tuple[Scrape, Scrape]) -> None:
+    cached = 128 * (len(PROMPT) // 128)
+    counted = {"model_name": "counted"}
+    assert grown(scrapes, "m3_generation_tokens_total", **counted) == 2 * NUM_TOKENS
+    assert grown(scrapes, "m3_prompt_tokens_total", **counted) == 2 * len(PROMPT) - cached
+    assert grown(scrapes, "m3_prefix_cache_hits_total", **counted) == cached
+    assert grown(scrapes, "m3_prefix_cache_queries_total", **counted) == 2 * len(PROMPT)
+    assert grown(scrapes, "m3_request_success_total", finished_reason="length", **counted) == 2
+    assert grown(scrapes, "m3_request_prompt_tokens_sum", **counted) == 2 * len(PROMPT)
+    assert grown(scrapes, "m3_request_generation_tokens_sum", **counted) == 2 * NUM_TOKENS
+    # Each prompt's last token is the first decode step's input, and the last sampled token is never run.
+    assert grown(scrapes, "m3_iteration_tokens_sum", **counted) == 2 * (len(PROMPT) + NUM_TOKENS - 1) - cached
+    assert grown(scrapes, "m3_num_preemptions_total", **counted) == 0
+
+
+def test_times_are_observed_once_per_request(scrapes: tuple[Scrape, Scrape]) -> None:
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time"):
+        assert grown(scrapes, f"m3_{name}_seconds_count", model_name="counted") == 2, name
+    assert grown(scrapes, "m3_request_decode_time_seconds_count", model_name="counted") == 2
+    e2e = grown(scrapes, "m3_e2e_request_latency_seconds_sum")
+    engine = sum(
+        grown(scrapes, f"m3_request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode")
+    )
+    assert 0 < engine < e2e
+    steps = grown(scrapes, "m3_engine_step_seconds_sum")
+    model = grown(scrapes, "m3_forward_seconds_total")
+    assert 0 < model < steps < e2e
+    assert 0 < grown(scrapes, "m3_python_seconds_total") < steps
+    assert grown(scrapes, "m3_inter_token_latency_seconds_count") >= 1
+
+
+def test_answers_are_counted_by_route_and_status(scrapes: tuple[Scrape, Scrape]) -> None:
+    for status, count in (("200", 2), ("400", 1), ("404", 1)):
+        assert grown(scrapes, "m3_http_requests_total", route="/v1/completions", status=status) == count
+    assert grown(scrapes, "m3_refusals_total", code="context_length_exceeded") == 1
+
+
+def test_layers_report_what_the_indexer_did(scrapes: tuple[Scrape, Scrape]) -> None:
+    """Plan DDFSF, audited, probed and audited on every step."""
+    after = scrapes[1]
+    assert after.get("m3_engine_info", plan="DDFSF", model_name="counted") == 1
+    assert after.get("m3_cache_config_info", num_pages="64", page_size="128", model_name="counted") == 1
+    counted = {"model_name": "counted"}
+    assert after.values("m3_index_selections_total", "layer", role="compute", **counted) == {"2", "4"}
+    assert after.values("m3_index_selections_total", "layer", role="reuse", **counted) == {"3"}
+    steps = after.get("m3_engine_step_seconds_count", **counted)
+    for layer, role in (("2", "compute"), ("3", "reuse"), ("4", "compute")):
+        assert after.get("m3_index_selections_total", layer=layer, role=role, **counted) == steps
+    for phase in ("prefill", "decode"):
+        assert {"2", "4"} <= after.values("m3_indexer_seconds_total", "layer", phase=phase, **counted)
+        assert after.values("m3_sparse_attention_seconds_total", "layer", phase=phase, **counted) == {"2", "3", "4"}
+    assert after.get("m3_indexer_samples_total", layer="2", **counted) == steps
+    pairs = after.get("m3_index_overlap_count_total", layer="3", **counted)
+    overlap = after.get("m3_index_overlap_sum_total", layer="3", **counted)
+    assert after.values("m3_index_overlap_count_total", "layer", **counted) == {"3"}
+    assert 0 < overlap <= pairs
+
+
+def test_gauges_return_to_rest(scrapes: tuple[Scrape, Scrape]) -> None:
+    for name in ("m3_num_requests_running", "m3_num_requests_waiting", "m3_kv_cache_usage_perc"):
+        assert [s.value for s in scrapes[1].samples if s.name == name and s.labels["model_name"] == "counted"] == [0.0]
+
+
+def test_series_have_our_prefix_and_bounded_labels(cluster: Cluster, scrapes: tuple[Scrape, Scrape]) -> None:
+    for sample in scrapes[1].samples:
+        assert sample.name.startswith("m3_")
+        assert sample.labels.keys() <= LABELS, sample
+    declared = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
+    assert len(declared) > 30
+    for metric in declared:
+        [family] = metric.describe()
+        assert family.documentation
+        if family.type == "histogram":
+            assert family.name.endswith(("_seconds", "_tokens", "_requests"))
+
+
+def test_exporter_command_starts_clean_and_stops_on_sigterm(tmp_path: Path) -> None:
+    (tmp_path / "counter_1.db").write_bytes(b"left by another life")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service.exporter", "--dir", str(tmp_path), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        match = re.search(r"http://127\.0\.0\.1:\d+/metrics", line)
+        assert match is not None, line
+        with urllib.request.urlopen(match[0], timeout=5) as reply:
+            assert reply.status == 200
+        assert list(tmp_path.glob("*.db")) == []
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
