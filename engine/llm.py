@@ -154,15 +154,19 @@ class _Job:
         if self._detokenizer is None:
             return False
         self._detokenizer.push(event.token_ids, last_is_stop=event.stop_token_id is not None)
-        if self._detokenizer.stopped is None:
+        running = self._finish_reason is None
+        return self._cut_at_stop(self._detokenizer) and running
+
+    def _cut_at_stop(self, detokenizer: IncrementalDetokenizer) -> bool:
+        """End at the stop string, if there was one: tokens past it were never asked for."""
+        if detokenizer.stopped is None:
             return False
-        used = self._detokenizer.num_tokens_used
+        used = detokenizer.num_tokens_used
         del self._token_ids[used:]
         if self._logprobs is not None:
             del self._logprobs[used:]
-        running = self._finish_reason is None
         self._finish_reason = FinishReason.STOP
-        return running
+        return True
 
     def output(self) -> Output:
         if self._finish_reason is FinishReason.ERROR:
@@ -171,6 +175,8 @@ class _Job:
         text = ""
         if self._detokenizer is not None:
             self._detokenizer.finish()
+            # Bytes that never became a character can still complete a stop string, as U+FFFD.
+            self._cut_at_stop(self._detokenizer)
             text = self._detokenizer.text
         return Output(
             token_ids=self._token_ids,

@@ -103,7 +103,6 @@ def bind_pull(
     bound = context.socket(zmq.PULL)
     bound.setsockopt(zmq.LINGER, 0)
     bound.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    bound.setsockopt(zmq.RCVHWM, 0)
     bound.bind(f"ipc://{directory / name}" if directory is not None else f"tcp://{host}:*")
     endpoint: str = bound.getsockopt_string(zmq.LAST_ENDPOINT)
     return bound, endpoint

@@ -16,6 +16,8 @@ from service.settings import ServiceSettings
 
 # Calls beyond what the engine runs and queues: refusals take a moment, probes and health checks come on top.
 SPARE_ONGOING_CALLS = 256
+# A checkpoint that cannot be loaded stays so; Serve would try 20 times.
+MAX_LOAD_ATTEMPTS = 3
 INGRESS_MAX_ONGOING_REQUESTS = 4096
 
 
@@ -38,6 +40,7 @@ def build_engine(settings: ServiceSettings) -> serve.Application:
         name="Engine",
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_live_requests + SPARE_ONGOING_CALLS,
+        max_constructor_retry_count=MAX_LOAD_ATTEMPTS,
         **_common_options(settings),
     )
     application: serve.Application = engine.bind(settings)

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from engine.errors import CheckpointError, ConfigError
-from service import serve_command
+from service import bench_command, serve_command
 
-_COMMANDS = (serve_command,)
+_COMMANDS = (serve_command, bench_command)
 
 
 def build_parser() -> argparse.ArgumentParser:

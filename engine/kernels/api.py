@@ -21,7 +21,7 @@ __all__ = ["KVPages", "KernelSet", "QKVLayout", "SelectParams", "SwigluParams", 
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """What a backend computes. Shapes and rules are in the docstrings of the torch functions, the oracle of all others."""
+    """What a backend computes. The docstrings of the torch functions, the oracle, have shapes and rules."""
 
     name: str
     pack_linear: Callable[[Tensor], Any]

@@ -96,7 +96,7 @@ def attend_sparse(
 
 def _pages_of(blocks: Tensor, batch: StepBatch, tokens: slice, groups: int) -> Tensor:
     """Page ids int64 [num_tokens, groups, topk] of the selected blocks; those of -1 are not meaningful."""
-    num_heads, num_tokens, topk = blocks.shape
+    num_heads = blocks.shape[0]
     rows = batch.row_ids[tokens].view(-1, 1, 1)
     logical = blocks.transpose(0, 1).repeat_interleave(groups // num_heads, dim=1)
     return batch.block_table[rows, logical.clamp(min=0).long()].long()

@@ -1,0 +1,1 @@
+"""Speed, measured from outside: closed-loop benchmarks of the offline engine and of an HTTP endpoint."""

@@ -1,0 +1,109 @@
+"""`m3serve bench`: closed-loop speed of the engine alone, or of an HTTP endpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from service.bench import http, offline
+from service.serve_command import demo_checkpoint
+
+_EPILOG = """\
+examples:
+  m3serve bench offline --model DIR --decode-batches 1,8,16
+  m3serve bench http --url http://127.0.0.1:8000/v1 --streams 16 --metrics-url http://127.0.0.1:9400/metrics
+"""
+
+
+def _counts(text: str) -> list[int]:
+    """A comma-separated list of positive numbers; an empty one switches the case off."""
+    try:
+        values = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, got {text!r}") from None
+    if any(value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text!r}")
+    return values
+
+
+def _count(text: str) -> int:
+    [value] = _counts(text) or [0]
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="measure speed, offline or over HTTP",
+        description="Measure speed; the results go to stdout as JSON, progress and a table to stderr.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    alone = kinds.add_parser("offline", help="the engine in this process, without Ray", allow_abbrev=False)
+    alone.add_argument("--model", metavar="DIR", help="checkpoint; default: the demo checkpoint")
+    alone.add_argument(
+        "--prefill-tokens", type=_counts, default=[2048, 8192], metavar="N,N", help="prompt lengths (2048,8192)"
+    )
+    alone.add_argument("--decode-batches", type=_counts, default=[1, 8, 16], metavar="N,N", help="batch sizes (1,8,16)")
+    alone.add_argument(
+        "--context-tokens", type=_count, default=2048, metavar="N", help="prompt length of decode (2048)"
+    )
+    alone.add_argument("--decode-steps", type=_count, default=64, metavar="N", help="steps per decode case (64)")
+    alone.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs per prefill case (3)")
+    alone.add_argument("--dtype", default="auto", metavar="TEXT", help="bfloat16, float32 or auto (auto)")
+    alone.add_argument("--index-topk-freq", type=_count, metavar="N", help="one sparse layer in N selects")
+    alone.add_argument("--tensor-parallel-size", type=_count, default=1, metavar="N", help="ranks (1)")
+    alone.add_argument("--num-threads", type=_count, metavar="N", help="CPU threads; default: all cores")
+    alone.set_defaults(run=_offline)
+    remote = kinds.add_parser("http", help="an OpenAI-compatible endpoint", allow_abbrev=False)
+    remote.add_argument("--url", default="http://127.0.0.1:8000/v1", help="base URL (http://127.0.0.1:8000/v1)")
+    remote.add_argument("--model", metavar="NAME", help="model name; default: the first that is served")
+    remote.add_argument("--streams", type=_count, default=16, metavar="N", help="streams at the same time (16)")
+    remote.add_argument("--requests", type=_count, metavar="N", help="requests in all; default: one per stream")
+    remote.add_argument("--input-tokens", type=_count, default=1024, metavar="N", help="prompt length (1024)")
+    remote.add_argument("--output-tokens", type=_count, default=64, metavar="N", help="tokens per request (64)")
+    remote.add_argument("--metrics-url", help="the service's exporter, for CPU seconds per 1k tokens")
+    remote.add_argument("--timeout-s", type=float, default=600.0, metavar="X", help="limit for one request (600)")
+    remote.add_argument("--api-key", help="sent as a bearer token")
+    remote.set_defaults(run=_http)
+    for kind in (alone, remote):
+        kind.add_argument("--out", metavar="FILE", help="write the JSON here instead of stdout")
+
+
+def _offline(args: argparse.Namespace) -> int:
+    settings: dict[str, Any] = {"dtype": args.dtype, "tensor_parallel_size": args.tensor_parallel_size}
+    if args.index_topk_freq is not None:
+        settings["index_topk_freq"] = args.index_topk_freq
+    if args.num_threads is not None:
+        settings["num_threads"] = args.num_threads
+    return offline.run(
+        str(Path(args.model) if args.model else demo_checkpoint()),
+        prefill_tokens=args.prefill_tokens,
+        decode_batches=args.decode_batches,
+        context_tokens=args.context_tokens,
+        decode_steps=args.decode_steps,
+        repeats=args.repeats,
+        settings=settings,
+        out=args.out,
+    )
+
+
+def _http(args: argparse.Namespace) -> int:
+    return http.run(
+        args.url,
+        out=args.out,
+        model=args.model,
+        streams=args.streams,
+        requests=args.requests or args.streams,
+        input_tokens=args.input_tokens,
+        output_tokens=args.output_tokens,
+        metrics_url=args.metrics_url,
+        timeout_s=args.timeout_s,
+        api_key=args.api_key,
+    )
