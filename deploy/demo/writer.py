@@ -2,7 +2,7 @@
 
 The weights are random but not degenerate: linears are scaled by fan-in, norm weights differ from 0 (so that
 the (1 + w) rule matters), the router bias differs from 0, index norms are raised so that blocks are told
-apart, and the output head is scaled for clear gaps between the best tokens.
+apart, some activations reach their clamps, and the output head is scaled for clear gaps between the best tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from deploy.demo.vocabulary import BEGIN_OF_DOCUMENT, END_OF_TURN, IMAGE, VIDEO
 
 Layout = Literal["vl", "flat"]
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+# Of projections into the activation: one value in 50 reaches its clamps at 7.
+_CLAMPED = 3.0
 # The smallest vision tower that has the released structure; text serving drops it.
 _VISION_HIDDEN, _VISION_WIDTH, _VISION_PATCH = 80, 96, 14
 
@@ -267,17 +269,17 @@ def _layer_tensors(source: _Random, sizes: Sizes, *, sparse: int, moe: int) -> d
     layer[f"{router}.e_score_correction_bias"] = source.normal(sizes.experts, std=0.05, dtype=torch.float32)
     for expert in range(sizes.experts):
         name = f"{router}.experts.{expert}"
-        layer[f"{name}.w1.weight"] = source.linear(sizes.expert_width, hidden)
-        layer[f"{name}.w3.weight"] = source.linear(sizes.expert_width, hidden)
-        layer[f"{name}.w2.weight"] = source.linear(hidden, sizes.expert_width, gain=0.5)
+        layer[f"{name}.w1.weight"] = source.linear(sizes.expert_width, hidden, gain=_CLAMPED)
+        layer[f"{name}.w3.weight"] = source.linear(sizes.expert_width, hidden, gain=_CLAMPED)
+        layer[f"{name}.w2.weight"] = source.linear(hidden, sizes.expert_width, gain=0.1)
     return layer | _gated(source, f"{router}.shared_experts", hidden, sizes.shared_width)
 
 
 def _gated(source: _Random, name: str, hidden: int, width: int) -> dict[str, Tensor]:
     return {
-        f"{name}.gate_proj.weight": source.linear(width, hidden),
-        f"{name}.up_proj.weight": source.linear(width, hidden),
-        f"{name}.down_proj.weight": source.linear(hidden, width, gain=0.7),
+        f"{name}.gate_proj.weight": source.linear(width, hidden, gain=_CLAMPED),
+        f"{name}.up_proj.weight": source.linear(width, hidden, gain=_CLAMPED),
+        f"{name}.down_proj.weight": source.linear(hidden, width, gain=0.15),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,51 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 def observe(llm: LLM, prompt: Sequence[int], max_tokens: int) -> Observed:
     """Generate greedily from one prompt, alone, and keep every layer's selection."""
-    parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    [observed] = observe_batch(llm, [prompt], max_tokens)
+    return observed
+
+
+def observe_batch(llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Observed]:
+    """As `observe`, all prompts in one call; their lengths must differ, since they tell the requests apart."""
+    # Per layer, one list of (positions, blocks) for every row that started at position 0.
+    traces: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
+    # While a request runs, its first page is its own.
+    running: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def keep(layer_id: int, batch: StepBatch, selection: Selection) -> None:
-        parts.setdefault(layer_id, []).append((batch.positions.clone(), selection.blocks.clone()))
+        for row, (start, end) in enumerate(pairwise(batch.query_starts)):
+            key = (layer_id, int(batch.block_table[row, 0]))
+            positions = batch.positions[start:end].clone()
+            if positions[0] == 0:
+                running[key] = []
+                traces.setdefault(layer_id, []).append(running[key])
+            running[key].append((positions, selection.blocks[:, start:end].clone()))
 
     llm.index_cache.observer = keep
     try:
-        [output] = llm.generate([list(prompt)], greedy(max_tokens))
+        outputs = llm.generate([list(prompt) for prompt in prompts], greedy(max_tokens))
     finally:
         llm.index_cache.observer = None
-    selections = {}
-    for layer_id, steps in parts.items():
-        positions = torch.cat([where for where, _ in steps])
-        # Each position once, in order: nothing was left out or run twice.
-        assert positions.tolist() == list(range(len(prompt) + max_tokens - 1)), f"layer {layer_id}"
-        selections[layer_id] = torch.cat([blocks for _, blocks in steps], dim=1)
-    return Observed(output, selections)
+    selections = {layer_id: [_join(trace) for trace in found] for layer_id, found in traces.items()}
+    lengths = [len(prompt) + max_tokens - 1 for prompt in prompts]
+    for layer_id, found in selections.items():
+        assert sorted(blocks.shape[1] for blocks in found) == sorted(set(lengths)), f"layer {layer_id}"
+    return [
+        Observed(output, {layer_id: _of_length(found, length) for layer_id, found in selections.items()})
+        for output, length in zip(outputs, lengths, strict=True)
+    ]
+
+
+def _join(trace: list[tuple[Tensor, Tensor]]) -> Tensor:
+    positions = torch.cat([where for where, _ in trace])
+    # Each position once, in order: nothing was left out or run twice.
+    assert torch.equal(positions, torch.arange(len(positions)))
+    return torch.cat([blocks for _, blocks in trace], dim=1)
+
+
+def _of_length(found: list[Tensor], num_tokens: int) -> Tensor:
+    [blocks] = [each for each in found if each.shape[1] == num_tokens]
+    return blocks
 
 
 class Reference:

@@ -21,7 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         topk_blocks=6, local_blocks=2, experts=4, experts_per_token=1, shared_width=64,
     ),
     "more_index_heads": _sizes(
-        seed=3, kv_heads=2, index_heads=4, index_dim=48, topk_blocks=3, experts=16, experts_per_token=4,
+        seed=13, kv_heads=2, index_heads=4, index_dim=48, topk_blocks=3, experts=16, experts_per_token=4,
         vocab_size=640,
     ),
     "fewer_index_heads": _sizes(

@@ -10,7 +10,7 @@ import pytest
 
 from engine import LLM
 from tests.checkpoints import make_checkpoint
-from tests.golden.compare import Observed, Reference, check_logprobs, greedy, observe, open_llm
+from tests.golden.compare import Observed, Reference, observe, observe_batch, open_llm
 from tests.golden.configs import CONFIGS, PROMPT_LENGTHS, make_prompt
 from tests.golden.oracle import Oracle
 
@@ -30,8 +30,7 @@ class Case:
 
     def engine(self, chunk: int) -> LLM:
         if chunk not in self._engines:
-            # 4 of the prompts at a time fill the pages, so that batches change while they run.
-            self._engines[chunk] = open_llm(self.path, chunk=chunk, num_pages=64)
+            self._engines[chunk] = open_llm(self.path, chunk=chunk)
         return self._engines[chunk]
 
     def prompt(self, length: int) -> list[int]:
@@ -76,5 +75,5 @@ def test_decode_across_blocks(case: Case) -> None:
 def test_all_prompts_in_one_batch(case: Case) -> None:
     """Prefill chunks of some prompts share their steps with decode tokens of others."""
     prompts = [case.prompt(length) for length in PROMPT_LENGTHS]
-    for output in case.engine(257).generate(prompts, greedy(NEW_TOKENS)):
-        check_logprobs(output, case.reference.run(output.prompt_token_ids + output.token_ids[:-1]))
+    for observed in observe_batch(case.engine(257), prompts, NEW_TOKENS):
+        case.reference.check(observed)
