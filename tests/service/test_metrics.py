@@ -71,10 +71,10 @@ def scrapes(cluster: Cluster, checkpoint: Path) -> Iterator[tuple[Scrape, Scrape
 
         def at_rest() -> bool:
             now = Scrape(cluster.metrics_url)
-            answers = now.get("m3_http_requests_total", route="/v1/completions")
+            answers = grown((before, now), "m3_http_requests_total", route="/v1/completions")
             ended = now.get("m3_request_success_total", model_name="counted")
             busy = now.get("m3_num_requests_running", model_name="counted")
-            return not busy and ended == 2 and answers - before.get("m3_http_requests_total", route="/v1/completions") == 4
+            return (busy, ended, answers) == (0, 2, 4)
 
         wait_until(at_rest, timeout_s=5, what="an idle service")
         yield before, Scrape(cluster.metrics_url)
