@@ -1,0 +1,232 @@
+"""The command line: flags made from the settings, errors told before anything starts, and one real run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.errors import ConfigError
+from service.cli import build_parser, main
+from service.flags import given_settings, make_settings
+from service.settings import ServiceSettings
+from tests.conftest import process_exists, wait_until
+
+START_TIMEOUT_S = 120.0
+
+
+def parse(*flags: str) -> dict[str, Any]:
+    return given_settings(build_parser().parse_args(["serve", *flags]))
+
+
+def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What the command says on stderr before it ends with status 2."""
+    try:
+        status = main(["serve", *flags])
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else -1
+    assert status == 2
+    out = capsys.readouterr()
+    assert out.out == "" and "starting Ray" not in out.err
+    return out.err
+
+
+def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in ServiceSettings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description and " ".join(field.description.split()) in text.replace("- ", "-"), name
+    assert "examples:" in text
+
+
+def test_flags_take_the_types_of_their_settings() -> None:
+    flags = ["--model", "m", "--index-topk-freq", "4", "--memory-fraction", "0.25", "--no-use-index-cache"]
+    assert parse(*flags, "--hf-overrides", '{"a": 1}', "--enable-prefix-caching") == {
+        "model": "m",
+        "index_topk_freq": 4,
+        "memory_fraction": 0.25,
+        "use_index_cache": False,
+        "hf_overrides": {"a": 1},
+        "enable_prefix_caching": True,
+    }
+    assert parse() == {}, "a flag that is not given leaves the choice to the environment"
+
+
+def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M3SERVE_MODEL", "from-env")
+    monkeypatch.setenv("M3SERVE_REPLICAS", "3")
+    settings = make_settings(**parse("--replicas", "2"))
+    assert (settings.model, settings.replicas) == ("from-env", 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--mod", "x"], "--mod"),
+        (["--max-num-seqs", "many"], "--max-num-seqs"),
+        (["--max-num-seqs", "1.5"], "--max-num-seqs"),
+        (["--hf-overrides", "{"], "--hf-overrides"),
+        (["--hf-overrides", "[1]"], "must be a JSON object"),
+        (["--port", "70000"], "--port"),
+        (["--replicas", "0"], "--replicas"),
+        (["--step-timeout-s", "nan"], "--step-timeout-s"),
+        (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--backend", "cuda"], "backend"),
+        (["--memory-fraction", "2"], "memory_fraction"),
+        (["--index-topk-pattern", "SFF"], "first sparse layer"),
+        (["--index-topk-pattern", "FF"], "index_topk_pattern needs 3 letters"),
+        (["--index-topk-freq", "-1"], "index_topk_freq"),
+        (["--max-model-len", "1000000"], "max_position_embeddings"),
+        (["--hf-overrides", '{"head_dims": 64}'], "head_dim"),
+    ],
+)
+def test_wrong_settings_end_the_command_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, flags: list[str], says: str
+) -> None:
+    assert says in fails(capsys, "--model", str(checkpoint), *flags)
+
+
+def test_wrong_checkpoints_end_the_command_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    assert "config.json" in fails(capsys, "--model", str(tmp_path / "nowhere"))
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in fails(capsys, "--model", str(tmp_path))
+
+
+def test_ports_in_use_are_named(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as owner:
+        port = str(owner.getsockname()[1])
+        for flag in ("--port", "--metrics-port"):
+            others = ["--port", "0", "--metrics-port", "0"]
+            message = fails(capsys, "--model", str(checkpoint), *others, flag, port)
+            assert flag in message and port in message and "in use" in message
+
+
+def test_a_wrong_value_is_quoted_with_its_flag() -> None:
+    with pytest.raises(ConfigError, match=r"--metrics-port \(M3SERVE_METRICS_PORT\).*got -1"):
+        make_settings(model="m", metrics_port=-1)
+
+
+class Command:
+    """`m3serve serve` in a session of its own, so that what it leaves behind can be found."""
+
+    def __init__(self, *flags: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--metrics-port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self.errors: list[str] = []
+        self.lines: list[str] = []
+        for stream, lines in ((self.process.stderr, self.errors), (self.process.stdout, self.lines)):
+            threading.Thread(target=lambda s, out: out.extend(s), args=(stream, lines), daemon=True).start()
+
+    def descendants(self) -> list[int]:
+        """Pids of everything that this command started, itself included; Ray's daemons keep its session."""
+        pids = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                session = int(stat.read_text().rpartition(")")[2].split()[3])
+                if session == self.process.pid:
+                    pids.append(int(stat.parent.name))
+        return pids
+
+    def end(self) -> None:
+        for pid in [self.process.pid, *self.descendants()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(timeout=10.0)
+
+
+@pytest.fixture
+def serve_command() -> Iterator[Any]:
+    started: list[Command] = []
+
+    def start(*flags: str) -> Command:
+        started.append(Command(*flags))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.end()
+
+
+def test_serve_says_when_it_is_ready_and_finishes_what_runs_at_sigterm(serve_command: Any, checkpoint: Path) -> None:
+    command = serve_command(
+        "--model", str(checkpoint), "--dtype", "float32", "--served-model-name", "mine", "--index-topk-freq", "2"
+    )
+    wait_until(
+        lambda: bool(command.lines) or command.process.poll() is not None,
+        timeout_s=START_TIMEOUT_S,
+        what="the ready line",
+    )
+    [ready] = command.lines
+    found = re.fullmatch(r"m3serve ready: (http://\S+/v1) model=mine plan=DDFSF metrics=(\S+)\n", ready)
+    assert found, (ready, command.errors)
+    base, metrics = found.groups()
+    pids = command.descendants()
+    assert len(pids) > 5, "the command's own Ray is among its processes"
+
+    with httpx.stream(
+        "POST",
+        f"{base}/completions",
+        json={"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True},
+        timeout=60.0,
+    ) as response:
+        lines = response.iter_lines()
+        texts = [json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"]]
+        assert 'm3_num_requests_running{engine="0",model_name="mine"} 1.0' in httpx.get(metrics).text
+        command.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    last = json.loads(rest[-2].removeprefix("data: "))["choices"][0]
+    assert last["finish_reason"] == "length", "the stream ran to its end"
+    assert texts
+
+    assert command.process.wait(timeout=60.0) == 0, command.errors
+    deadline_s = time.monotonic() + 10.0
+    while any(map(process_exists, pids)) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert [pid for pid in pids if process_exists(pid)] == []
+    assert len(command.lines) == 1, "stdout carries the ready line alone"
+
+
+def test_a_truncated_shard_ends_the_command_with_its_name(serve_command: Any, checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    shard = sorted(broken.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    command = serve_command("--model", str(broken))
+    assert command.process.wait(timeout=START_TIMEOUT_S) == 2, command.errors
+    wait_until(
+        lambda: bool(command.errors) and command.errors[-1].startswith("m3serve: error:"),
+        timeout_s=5,
+        what="the error line",
+    )
+    assert shard.name in command.errors[-1], "the last line says what to mend"
