@@ -6,7 +6,12 @@ Names resolve on first use, so that a process which only needs types never loads
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read by the OpenMP runtime when torch loads it. Its threads would otherwise spin at every barrier: where a step's
+# threads share their cores with Ray, the HTTP front or another rank, decoding on CPU gets several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
