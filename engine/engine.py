@@ -216,8 +216,7 @@ class EngineCore:
         max_model_len."""
         sampling, token_id = state.sampling, state.token_ids[-1]
         if state.num_output_tokens > sampling.min_tokens and (
-            (token_id in self._eos_token_ids and not sampling.ignore_eos)
-            or token_id in (sampling.stop_token_ids or ())
+            (token_id in self._eos_token_ids and not sampling.ignore_eos) or token_id in (sampling.stop_token_ids or ())
         ):
             return FinishReason.STOP
         return FinishReason.LENGTH if state.num_output_tokens >= sampling.max_tokens else None
@@ -257,9 +256,7 @@ class EngineCore:
         limit_tokens, vocab_size = self.info.max_model_len, self.info.vocab_size
         request_id = request.request_id
         if request_id in self._requests or any(event.request_id == request_id for event in self._events):
-            raise RequestError(
-                f"request_id {request_id!r} is in use", param="request_id", code="duplicate_request_id"
-            )
+            raise RequestError(f"request_id {request_id!r} is in use", param="request_id", code="duplicate_request_id")
         if not prompt_len:
             raise RequestError("prompt must have at least 1 token, got 0", param="prompt")
         if prompt_len >= limit_tokens:
@@ -292,9 +289,7 @@ class EngineCore:
         ):
             for token_id in token_ids:
                 if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                    raise RequestError(
-                        f"{name} must hold token ids in [0, {vocab_size}), got {token_id!r}", param=name
-                    )
+                    raise RequestError(f"{name} must hold token ids in [0, {vocab_size}), got {token_id!r}", param=name)
 
 
 def _check_result(step: Step, result: StepResult, vocab_size: int) -> None:
@@ -306,8 +301,6 @@ def _check_result(step: Step, result: StepResult, vocab_size: int) -> None:
             f"got step {result.step_id} with {len(result.sampled)} rows"
         )
     for row, token_id in zip(plan.rows, result.sampled, strict=True):
-        expected = token_id == NOT_FINITE or (
-            0 <= token_id < vocab_size if row.sample else token_id == NOT_SAMPLED
-        )
+        expected = token_id == NOT_FINITE or (0 <= token_id < vocab_size if row.sample else token_id == NOT_SAMPLED)
         if not expected:
             raise EngineDead(f"step {plan.step_id} answers {row} with token {token_id}")
