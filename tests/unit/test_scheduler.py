@@ -61,7 +61,7 @@ LIMITS = st.fixed_dictionaries(
 )
 TIGHT = {"num_pages": 4, "max_num_batched_tokens": 257, "max_num_seqs": 8, "enable_prefix_caching": True}
 GROWING = [make_request(f"r{i}", 100 + i, max_tokens=300, ignore_eos=True, prompt_logprobs=0) for i in range(5)]
-FAST = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @FAST
