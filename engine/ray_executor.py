@@ -23,9 +23,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDead, M3Error
+from engine.rank_actor import RankActor, WorkerAddress
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
 from engine.types import EngineInfo, StepPlan, StepResult
-from engine.worker import Worker, WorkerAddress
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class RayExecutor:
     def _start(self, config: EngineConfig) -> EngineInfo:
         world_size = config.tensor_parallel_size
         self._group = self._group or self._place(world_size)
-        actor_class = ray.remote(Worker)
+        actor_class = ray.remote(RankActor)
         for rank in range(world_size):
             options = actor_class.options(
                 num_cpus=1,
@@ -138,8 +138,10 @@ class RayExecutor:
         directory = None if self._use_tcp else str(self.directory)
         addresses: list[WorkerAddress] = self._call("listen", node_id, directory)
         self.worker_pids = tuple(address.pid for address in addresses)
-        proposals = self._call("load", addresses[0].store_port, self._step_timeout_s)
-        infos: list[EngineInfo] = self._call("allocate", min(proposal.num_pages for proposal in proposals))
+        if len({address.node_id for address in addresses}) > 1:
+            raise ConfigError(f"the ranks of a group must share one node, got {addresses}")
+        proposals: list[int] = self._call("load", addresses[0].store_port, self._step_timeout_s)
+        infos: list[EngineInfo] = self._call("allocate", min(proposals))
         _check_agreement(infos)
 
         all_local = not self._use_tcp and all(address.node_id == node_id for address in addresses)
@@ -152,7 +154,7 @@ class RayExecutor:
         self.plan_endpoints = tuple(address.endpoint for address in addresses)
         self._plan_sockets = [connect_push(self._context, endpoint) for endpoint in self.plan_endpoints]
         self._run_refs = [
-            worker.run.remote(self.reply_endpoint, self._token, self._epoch) for worker in self._workers
+            worker.call.remote("run", self.reply_endpoint, self._token, self._epoch) for worker in self._workers
         ]
         self._monitor = threading.Thread(target=self._watch, name="m3-rank-monitor", daemon=True)
         self._monitor.start()
@@ -178,7 +180,7 @@ class RayExecutor:
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         """One start-up call on every rank. Does not wait for the others once one has failed."""
-        refs = [getattr(worker, method).remote(*args) for worker in self._workers]
+        refs = [worker.call.remote(method, *args) for worker in self._workers]
         pending = list(refs)
         while pending:
             left_s = self._start_deadline - time.monotonic()

@@ -1,4 +1,4 @@
-"""One tensor-parallel rank in its own process: a Ray actor that RayExecutor places, starts and watches.
+"""One tensor-parallel rank in its own process, behind a Ray actor that RayExecutor places, starts and watches.
 
 Ray carries start-up and liveness only. Steps arrive on a socket in the long-lived `run`.
 """
@@ -9,7 +9,6 @@ import logging
 import os
 import platform
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ import zmq
 from torch._C._distributed_c10d import TCPStore
 
 from engine.config import EngineConfig
-from engine.runner import ModelRunner, RankProposal
+from engine.rank_actor import WorkerAddress
+from engine.runner import ModelRunner
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, pack
 from engine.types import EngineInfo, StepPlan
 
@@ -30,16 +30,6 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 # A collective may wait this long at least: ranks of a loaded machine do not start it together.
 MIN_COLLECTIVE_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerAddress:
-    """Where a rank runs and listens. store_port: of the rendezvous, set by rank 0 of a group of several."""
-
-    node_id: str
-    pid: int
-    endpoint: str
-    store_port: int | None
 
 
 class Worker:
@@ -79,12 +69,12 @@ class Worker:
             )
         return WorkerAddress(here, os.getpid(), endpoint, port)
 
-    def load(self, store_port: int | None, step_timeout_s: float) -> RankProposal:
-        """Join the group and load this rank's share of the weights."""
+    def load(self, store_port: int | None, step_timeout_s: float) -> int:
+        """Join the group and load this rank's share of the weights; how many pages its memory allows."""
         if self._world_size > 1:
             self._join(store_port, timedelta(seconds=max(step_timeout_s, MIN_COLLECTIVE_TIMEOUT_S)))
         self._runner = ModelRunner(self._config, rank=self._rank, world_size=self._world_size)
-        return self._runner.load()
+        return self._runner.load().num_pages
 
     def _join(self, store_port: int | None, timeout: timedelta) -> None:
         if self._store is None:
