@@ -51,7 +51,9 @@ def route(x: Tensor, gate: Tensor, bias: Tensor, top_k: int, scale: float) -> tu
     x: [num_tokens, hidden].  gate: packed float32 [num_experts, hidden].  bias: float32 [num_experts].
     Returns weights float32 [num_tokens, top_k], scaled to sum to `scale`, and ids int64 [num_tokens, top_k].
     """
-    scores = torch.sigmoid(linear(x.float(), gate))
+    # torch's fp32 sigmoid rounds the last few elements of a tensor differently from the others: a row's weights
+    # would depend on how many rows follow it.
+    scores = torch.sigmoid(linear(x.float(), gate).double()).float()
     ids = torch.sort(scores + bias, dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(-1, ids)
     return weights * (scale / weights.sum(-1, keepdim=True)), ids
