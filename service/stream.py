@@ -35,6 +35,8 @@ PROBE_PERIOD_S = 2.0
 PROBE_TIMEOUT_S = 4.0
 # How often overdue submits are looked for.
 SWEEP_PERIOD_S = 0.5
+# A replica without requests for so long may have been removed; its next Accepted brings it back.
+FORGET_AFTER_S = 60.0
 # The reply to a submit and the events travel on different paths: how long the last events may come after it.
 LAST_EVENTS_TIMEOUT_S = 2.0
 RETRY_BACKOFF_S = 0.25
@@ -63,6 +65,7 @@ class _Replica:
 
     socket: zmq.Socket[Any]
     token: bytes
+    used_at_s: float
 
 
 class EngineClient:
@@ -297,10 +300,11 @@ class EngineClient:
         batch.replica_id = accepted.replica_id
         self._answered_at_s = time.monotonic()
         _set_done(batch.on_its_way)
-        if accepted.replica_id not in self._replicas:
-            self._replicas[accepted.replica_id] = _Replica(
-                connect_push(self._context, accepted.control_endpoint), accepted.control_token
-            )
+        replica = self._replicas.get(accepted.replica_id)
+        if replica is None:
+            control = connect_push(self._context, accepted.control_endpoint)
+            replica = self._replicas[accepted.replica_id] = _Replica(control, accepted.control_token, 0.0)
+        replica.used_at_s = self._answered_at_s
         # Their callers left before it was known where to send the abort.
         self._send_abort(accepted.replica_id, [name for name in batch.attempt_ids if name not in self._streams])
 
@@ -312,6 +316,8 @@ class EngineClient:
         if stream.push(event):
             if event.finish_reason is not None:
                 del self._streams[attempt_id]
+            elif stream.ended:
+                self._abort([attempt_id])
             return
         self._abort([attempt_id])
         self._retry(stream, f"event {event.index} came where {len(stream.token_ids)} was due")
@@ -355,10 +361,15 @@ class EngineClient:
                 await asyncio.wait_for(self._probe_now.wait(), PROBE_PERIOD_S)
 
     async def _sweep(self) -> None:
-        """Fail the streams of submits that no replica accepted in time."""
+        """Fail the streams of submits that no replica accepted in time; forget replicas that have left."""
         while True:
             await asyncio.sleep(SWEEP_PERIOD_S)
             now_s = time.monotonic()
+            busy = {batch.replica_id for batch in self._batches.values()}
+            for replica_id, replica in list(self._replicas.items()):
+                if replica_id not in busy and now_s - replica.used_at_s > FORGET_AFTER_S:
+                    replica.socket.close(linger=0)
+                    del self._replicas[replica_id]
             for batch in list(self._batches.values()):
                 nobody_waits = not any(name in self._streams for name in batch.attempt_ids)
                 if batch.replica_id is not None or (now_s < batch.deadline_s and not nobody_waits):

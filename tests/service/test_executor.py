@@ -149,13 +149,6 @@ def test_a_hung_rank_ends_the_group_at_the_step_deadline(group: RayExecutor) -> 
     wait_until(lambda: not any(map(process_exists, group.worker_pids)), timeout_s=5, what="the end of both ranks")
 
 
-def test_a_failing_step_names_its_rank(group: RayExecutor) -> None:
-    """Slot 3 holds no request: every rank fails in the same way."""
-    group.submit(StepPlan(0, [StepRow(3, 0, 1, [0], sample=True)], 0))
-    with pytest.raises(EngineDead, match=r"rank [01]"):
-        group.collect()
-
-
 def test_start_up_errors_reach_the_caller_as_they_are(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the first sparse layer"):
         RayExecutor(config(checkpoint, index_topk_pattern="SFF"))
@@ -190,9 +183,9 @@ def test_foreign_messages_are_dropped_and_counted() -> None:
         assert gate.dropped == number
 
 
-def test_strangers_on_the_sockets_change_nothing(cluster: Cluster, checkpoint: Path) -> None:
-    """A group over tcp, as when the ranks run on another node, with garbage on every socket."""
-    executor = RayExecutor(config(checkpoint, tensor_parallel_size=1), step_timeout_s=10.0, use_tcp=True)
+def test_strangers_change_nothing_and_a_failing_step_names_its_rank(cluster: Cluster, checkpoint: Path) -> None:
+    """A group over tcp, as when the ranks run on another node, with garbage on every socket; then a broken plan."""
+    executor = RayExecutor(config(checkpoint, tensor_parallel_size=2), step_timeout_s=10.0, use_tcp=True)
     context: zmq.Context[Any] = zmq.Context()
     strangers = [connect_push(context, e) for e in (*executor.plan_endpoints, executor.reply_endpoint)]
     try:
@@ -204,6 +197,10 @@ def test_strangers_on_the_sockets_change_nothing(cluster: Cluster, checkpoint: P
             executor.submit(empty_step(step_id))
             assert executor.collect().step_id == step_id
         assert executor.num_dropped == 3
+        # Slot 3 holds no request: every rank fails in the same way.
+        executor.submit(StepPlan(20, [StepRow(3, 0, 1, [0], sample=True)], 0))
+        with pytest.raises(EngineDead, match=r"rank [01].*slot 3"):
+            executor.collect()
     finally:
         for stranger in strangers:
             stranger.close()

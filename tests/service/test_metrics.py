@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +19,8 @@ import pytest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from service import metrics
 from tests.conftest import Cluster, wait_until
@@ -46,9 +51,12 @@ class Scrape:
         return {s.labels[label] for s in found}
 
 
+BODY = {"model": "counted", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": 1}
+
+
 @pytest.fixture(scope="module")
-def scrapes(cluster: Cluster, checkpoint: Path) -> Iterator[tuple[Scrape, Scrape]]:
-    """Before and after: the same prompt twice (the second streamed), then one refusal of each kind."""
+def client(cluster: Cluster, checkpoint: Path) -> Iterator[httpx.Client]:
+    """Plan DDFSF, audited; probed and audited on every step."""
     settings = cluster.settings(
         checkpoint,
         served_model_name="counted",
@@ -59,25 +67,30 @@ def scrapes(cluster: Cluster, checkpoint: Path) -> Iterator[tuple[Scrape, Scrape
         audit_interval=1,
         probe_interval=1,
     )
-    body = {"model": "counted", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": 1}
-    with cluster.service(settings) as url, httpx.Client(base_url=url, timeout=30.0) as client:
+    with cluster.service(settings) as url, httpx.Client(base_url=url, timeout=60.0) as client:
         wait_until(lambda: client.get("/ready").status_code == 200, timeout_s=20, what="ready")
-        before = Scrape(cluster.metrics_url)
-        assert client.post("/v1/completions", json=body).status_code == 200
-        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
-            assert reply.read().endswith(b"data: [DONE]\n\n")
-        assert client.post("/v1/completions", json=body | {"max_tokens": 4000}).status_code == 400
-        assert client.post("/v1/completions", json=body | {"model": "other"}).status_code == 404
+        yield client
 
-        def at_rest() -> bool:
-            now = Scrape(cluster.metrics_url)
-            answers = grown((before, now), "m3_http_requests_total", route="/v1/completions")
-            ended = now.get("m3_request_success_total", model_name="counted")
-            busy = now.get("m3_num_requests_running", model_name="counted")
-            return (busy, ended, answers) == (0, 2, 4)
 
-        wait_until(at_rest, timeout_s=5, what="an idle service")
-        yield before, Scrape(cluster.metrics_url)
+@pytest.fixture(scope="module")
+def scrapes(cluster: Cluster, client: httpx.Client) -> tuple[Scrape, Scrape]:
+    """Before and after: the same prompt twice (the second streamed), then one refusal of each kind."""
+    before = Scrape(cluster.metrics_url)
+    assert client.post("/v1/completions", json=BODY).status_code == 200
+    with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as reply:
+        assert reply.read().endswith(b"data: [DONE]\n\n")
+    assert client.post("/v1/completions", json=BODY | {"max_tokens": 4000}).status_code == 400
+    assert client.post("/v1/completions", json=BODY | {"model": "other"}).status_code == 404
+
+    def at_rest() -> bool:
+        now = Scrape(cluster.metrics_url)
+        answers = grown((before, now), "m3_http_requests_total", route="/v1/completions")
+        ended = now.get("m3_request_success_total", model_name="counted")
+        busy = now.get("m3_num_requests_running", model_name="counted")
+        return (busy, ended, answers) == (0, 2, 4)
+
+    wait_until(at_rest, timeout_s=5, what="an idle service")
+    return before, Scrape(cluster.metrics_url)
 
 
 def grown(scrapes: tuple[Scrape, Scrape], name: str, **labels: str) -> float:
@@ -122,7 +135,6 @@ def test_answers_are_counted_by_route_and_status(scrapes: tuple[Scrape, Scrape])
 
 
 def test_layers_report_what_the_indexer_did(scrapes: tuple[Scrape, Scrape]) -> None:
-    """Plan DDFSF, audited, probed and audited on every step."""
     after = scrapes[1]
     assert after.get("m3_engine_info", plan="DDFSF", model_name="counted") == 1
     assert after.get("m3_cache_config_info", num_pages="64", page_size="128", model_name="counted") == 1
@@ -158,6 +170,51 @@ def test_series_have_our_prefix_and_bounded_labels(cluster: Cluster, scrapes: tu
         assert family.documentation
         if family.type == "histogram":
             assert family.name.endswith(("_seconds", "_tokens", "_requests"))
+
+
+def test_neither_stream_nor_counters_notice_the_death_of_a_replica(
+    cluster: Cluster, client: httpx.Client, scrapes: tuple[Scrape, Scrape]
+) -> None:
+    body = BODY | {"max_tokens": 300, "stream": True, "return_token_ids": True}
+
+    def run(kill: list[int]) -> list[int]:
+        token_ids: list[int] = []
+        last = ""
+        with client.stream("POST", "/v1/completions", json=body) as reply:
+            assert reply.status_code == 200
+            for line in filter(None, reply.iter_lines()):
+                last = line
+                if line.startswith("data: {"):
+                    [choice] = json.loads(line.removeprefix("data: "))["choices"]
+                    token_ids += choice["token_ids"]
+                if kill and len(token_ids) > 20:
+                    os.kill(kill.pop(), signal.SIGKILL)
+        assert last == "data: [DONE]"
+        return token_ids
+
+    expected = run([])
+    before = Scrape(cluster.metrics_url)
+    handle = serve.get_deployment_handle("Engine", "service")
+    victim = asyncio.run(_replica_pid(handle))
+    assert run([victim]) == expected
+    assert asyncio.run(_replica_pid(handle)) != victim
+    after = Scrape(cluster.metrics_url)
+    counted = {"model_name": "counted"}
+    assert grown((before, after), "m3_failovers_total", **counted) == 1
+    assert grown((before, after), "m3_request_success_total", **counted) == 1
+    tokens = grown((before, after), "m3_generation_tokens_total", **counted)
+    # What the dead replica had sampled and not sent is sampled again; what it had not yet counted is lost.
+    assert 280 <= tokens <= 320
+    wait_until(
+        lambda: Scrape(cluster.metrics_url).get("m3_num_requests_running", **counted) == 0,
+        timeout_s=5,
+        what="an idle engine",
+    )
+
+
+async def _replica_pid(handle: DeploymentHandle) -> int:
+    pids: list[int] = await handle.pids.remote()
+    return pids[0]
 
 
 def test_exporter_command_starts_clean_and_stops_on_sigterm(tmp_path: Path) -> None:
