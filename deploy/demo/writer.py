@@ -31,7 +31,7 @@ _VISION_HIDDEN, _VISION_WIDTH, _VISION_PATCH = 80, 96, 14
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of one checkpoint, in elements.
+    """Sizes of one checkpoint, in elements, and the scalars of its maths.
 
     sparse, moe: 0 or 1 per layer, default: two dense layers, then 1.  index_heads: default kv_heads.
     expert_width, dense_width, shared_width: inner sizes of the feed-forward networks.
@@ -55,6 +55,11 @@ class Sizes:
     shared_width: int = 32
     vocab_size: int = 512
     max_positions: int = 8192
+    routed_scale: float = 2.0
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    norm_eps: float = 1e-6
+    rope_theta: float = 5e6
     sparse: Sequence[int] | None = None
     moe: Sequence[int] | None = None
 
@@ -143,15 +148,15 @@ def hf_config(sizes: Sizes, tokenizer: Tokenizer, layout: Layout) -> dict[str, A
         "num_experts_per_tok": sizes.experts_per_token,
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
-        "routed_scaling_factor": 2.0,
+        "routed_scaling_factor": sizes.routed_scale,
         "moe_layer_freq": sizes.is_moe,
         "hidden_act": "swigluoai",
-        "swiglu_alpha": 1.702,
-        "swiglu_limit": 7.0,
-        "rms_norm_eps": 1e-6,
+        "swiglu_alpha": sizes.swiglu_alpha,
+        "swiglu_limit": sizes.swiglu_limit,
+        "rms_norm_eps": sizes.norm_eps,
         "use_gemma_norm": True,
         "attention_output_gate": False,
-        "rope_theta": 5000000,
+        "rope_theta": sizes.rope_theta,
         "rotary_dim": sizes.rotary_dim,
         "partial_rotary_factor": sizes.rotary_dim / sizes.head_dim,
         "use_qk_norm": True,

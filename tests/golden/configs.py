@@ -12,8 +12,8 @@ def _sizes(**sizes: Any) -> dict[str, Any]:
     return sizes
 
 
-# Each differs from the others in several of: heads, KV heads, index heads, head sizes, blocks, patterns and
-# experts. `seed` is that of the weights.
+# Each differs from the others in several of: heads, KV heads, index heads, head sizes, blocks, patterns,
+# experts and scalars. `seed` is that of the weights.
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": _sizes(seed=11, head_dim=64, rotary_dim=32, index_dim=64),
     "one_kv_head": _sizes(
@@ -30,11 +30,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "patterns_differ": _sizes(
         seed=5, layers=6, sparse=(1, 0, 1, 1, 0, 1), moe=(0, 1, 1, 0, 1, 0), heads=6, kv_heads=3,
-        topk_blocks=2, shared_width=48, expert_width=80,
+        topk_blocks=2, local_blocks=0, shared_width=48, expert_width=80,
     ),
     "full_rotary": _sizes(
         seed=6, layers=4, sparse=(0, 1, 1, 1), moe=(1, 1, 1, 1), hidden_size=128, heads=4, kv_heads=4,
         head_dim=32, rotary_dim=32, topk_blocks=8, experts=6, experts_per_token=3,
+        routed_scale=1.5, swiglu_alpha=0.4, swiglu_limit=4.0, norm_eps=1e-4, rope_theta=10000.0,
     ),
 }  # fmt: skip
 
