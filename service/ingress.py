@@ -6,6 +6,7 @@ Deployed with `@serve.ingress`; several replicas of it may stand in front of the
 # No postponed annotations here: FastAPI resolves them in the copy that Serve makes, where names that only stand in
 # annotations are missing.
 import asyncio
+import functools
 import hashlib
 import secrets
 import time
@@ -66,6 +67,7 @@ def _json(payload: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(payload), media_type="application/json")
 
 
+@functools.cache
 def software_version() -> str:
     """The installed version; a source tree that is not installed says so."""
     try:

@@ -30,6 +30,8 @@ examples:
   m3serve serve --model /models/MiniMax-M3 --tensor-parallel-size 8
   m3serve serve --model DIR --index-topk-freq 4    one sparse layer in four selects, the others reuse
   m3serve serve --model DIR --ray-address auto     join the Ray cluster that runs on this machine
+  RAY_SERVE_ENABLE_HA_PROXY=1 m3serve serve        HAProxy in front, not Serve's Python proxy: less CPU
+                                                   per token; it also listens on ports 8404 and 9101
 """
 
 
