@@ -96,7 +96,7 @@ class RayExecutor:
         self._gpus_per_rank = resolve_gpus_per_rank(config) if gpus_per_rank is None else gpus_per_rank
         self._token = new_token()
         self._epoch = new_epoch()
-        self._gate = Gate(self._token, {Kind.RESULT: StepResult, Kind.FAILURE: str, Kind.HELLO: int})
+        self._gate = Gate("executor", self._token, {Kind.RESULT: StepResult, Kind.FAILURE: str, Kind.HELLO: int})
         self._outstanding: deque[_Outstanding] = deque()
         self._lock = threading.Lock()
         self._cause: str | None = None
@@ -107,7 +107,7 @@ class RayExecutor:
         self._context: zmq.Context[Any] = zmq.Context()
         self._plan_sockets: list[zmq.Socket[Any]] = []
         # mkdtemp makes it private (0700). Socket paths are limited to about 100 characters: keep it in /tmp.
-        self.directory = Path(tempfile.mkdtemp(prefix="m3-", dir="/tmp"))
+        self.directory = Path(tempfile.mkdtemp(prefix="m3-ranks-", dir="/tmp"))
         self._owns_group = placement_group is None
         self._group = placement_group
         try:
@@ -249,10 +249,7 @@ class RayExecutor:
         if not self._replies.poll(timeout_s * 1000):
             return None
         message = self._gate.admit(self._replies.recv_multipart(zmq.NOBLOCK))
-        if message is None or message[0].epoch != self._epoch:
-            log.warning("dropped a foreign message, the %dth so far", self._gate.dropped)
-            return None
-        return message
+        return message if message is not None and message[0].epoch == self._epoch else None
 
     @property
     def num_dropped(self) -> int:

@@ -7,6 +7,7 @@ has no valid token and is dropped and counted.
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ import msgspec
 import zmq
 
 from engine.errors import M3Error
+
+log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 16
 MAX_MESSAGE_BYTES = 256 * 2**20
@@ -70,30 +73,34 @@ def pack(token: bytes, header: Header, body: bytes) -> list[bytes]:
 class Gate:
     """Lets in messages with the right token that decode to the type of their kind; counts the others.
 
-    types: kind -> type of the body; other kinds are dropped.
+    name: of the socket, for the log.  types: kind -> type of the body; other kinds are dropped.
     """
 
-    def __init__(self, token: bytes, types: Mapping[int, Any]) -> None:
+    def __init__(self, name: str, token: bytes, types: Mapping[int, Any]) -> None:
+        self._name = name
         self._token = token
         self._decoders = {kind: msgspec.msgpack.Decoder(body) for kind, body in types.items()}
         self.dropped = 0
 
     def admit(self, frames: Sequence[bytes]) -> tuple[Header, Any] | None:
         """The header and decoded body, or None for a message to ignore."""
-        if len(frames) != 3 or not hmac.compare_digest(frames[0], self._token) or len(frames[1]) != _HEADER.size:
-            self.dropped += 1
-            return None
-        header = Header(*_HEADER.unpack(frames[1]))
-        decoder = self._decoders.get(header.kind)
-        if decoder is None:
-            self.dropped += 1
-            return None
-        try:
-            return header, decoder.decode(frames[2])
-        # M3Error: types like SamplingParams check their values when they are built.
-        except (msgspec.MsgspecError, M3Error):
-            self.dropped += 1
-            return None
+        reason = "no valid token"
+        if len(frames) == 3 and hmac.compare_digest(frames[0], self._token) and len(frames[1]) == _HEADER.size:
+            header = Header(*_HEADER.unpack(frames[1]))
+            decoder = self._decoders.get(header.kind)
+            if decoder is None:
+                reason = f"kind {header.kind}"
+            else:
+                try:
+                    return header, decoder.decode(frames[2])
+                # M3Error: types like SamplingParams check their values when they are built.
+                except (msgspec.MsgspecError, M3Error) as error:
+                    reason = str(error)
+        self.dropped += 1
+        # At 1, 2, 4, 8, ...: a stranger must not be able to fill the log.
+        if self.dropped & (self.dropped - 1) == 0:
+            log.warning("%s: %d messages dropped so far, the last one for: %s", self._name, self.dropped, reason)
+        return None
 
 
 def bind_pull(

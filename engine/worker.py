@@ -5,7 +5,6 @@ Ray carries start-up and liveness only. Steps arrive on a socket in the long-liv
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import socket
@@ -24,8 +23,6 @@ from engine.rank_actor import WorkerAddress
 from engine.runner import ModelRunner
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, pack
 from engine.types import EngineInfo, StepPlan
-
-log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 # A collective may wait this long at least: ranks of a loaded machine do not start it together.
@@ -102,11 +99,10 @@ class Worker:
         """
         assert self._runner is not None and self._plans is not None, "listen and load come first"
         replies = connect_push(self._context, reply_endpoint)
-        gate = Gate(token, {Kind.STEP: StepPlan, Kind.HELLO: int})
+        gate = Gate(f"rank {self._rank}", token, {Kind.STEP: StepPlan, Kind.HELLO: int})
         while True:
             message = gate.admit(self._plans.recv_multipart())
             if message is None:
-                log.warning("rank %d dropped %d foreign messages so far", self._rank, gate.dropped)
                 continue
             header, body = message
             if header.epoch != epoch:

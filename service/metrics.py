@@ -38,6 +38,9 @@ REQUEST_SUCCESS = Counter(
     "m3_request_success_total", "Requests that ended, by reason", (*_MODEL, "finished_reason")
 )
 HTTP_REQUESTS = Counter("m3_http_requests_total", "HTTP responses", ("route", "status"))
+PROCESS_CPU = Counter(
+    "m3_process_cpu_seconds_total", "CPU time of the processes on the token path", ("process",)
+)
 FAILOVERS = Counter("m3_failovers_total", "Requests resubmitted after their replica was lost", _MODEL)
 REFUSALS = Counter("m3_refusals_total", "Requests that were not run, by error code", (*_MODEL, "code"))
 
@@ -116,6 +119,20 @@ INDEX_OVERLAP_COUNT = Counter(
 )
 
 
+class CpuSeries:
+    """The CPU time of this process, as a counter that `update` brings up to date. process: "ingress" or "engine"."""
+
+    def __init__(self, process: str) -> None:
+        self._counter = PROCESS_CPU.labels(process)
+        self._last_s = 0.0
+
+    def update(self) -> None:
+        """Add what was used since the last call, all threads included."""
+        now_s = time.process_time()
+        self._counter.inc(now_s - self._last_s)
+        self._last_s = now_s
+
+
 class EngineSeries:
     """The series of one engine replica; `update` turns the growth of its EngineStats into theirs."""
 
@@ -153,11 +170,13 @@ class EngineSeries:
             "batch_size": ITERATION_REQUESTS.labels(*labels),
         }
         self._dropped = DROPPED_MESSAGES.labels(*labels)
+        self._cpu = CpuSeries("engine")
         for gauge in self._gauges.values():
             gauge.set(0)
 
     def update(self, stats: EngineStats) -> None:
         """Publish what one step changed. Called by the thread that owns `stats`."""
+        self._cpu.update()
         for name, counter in self._counters.items():
             self._grow(counter, getattr(stats, name))
         observations = stats.drain()

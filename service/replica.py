@@ -92,7 +92,7 @@ class EngineReplica:
         self._peers: dict[str, _Peer] = {}
         self._epoch = new_epoch()
         self._control_token = new_token()
-        self._gate = Gate(self._control_token, {Kind.ABORT: Abort})
+        self._gate = Gate("control", self._control_token, {Kind.ABORT: Abort})
         self._data_host = settings.data_host or ray.util.get_node_ip_address()
         self._engine = EngineLoop(
             core,
@@ -251,7 +251,6 @@ class EngineReplica:
         while True:
             message = self._gate.admit(await self._control.recv_multipart())
             if message is None:
-                log.warning("dropped %d foreign control messages so far", self._gate.dropped)
                 self._series.count_dropped_message()
                 continue
             self._abort([request_id for request_id in message[1].request_ids if request_id in self._calls])

@@ -78,7 +78,7 @@ class EngineClient:
         self._client_id = f"{new_epoch():016x}"
         self._epoch = new_epoch()
         self.token = new_token()
-        self._gate = Gate(self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
+        self._gate = Gate("events", self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
         self._streams: dict[str, TokenStream] = {}
         self._batches: dict[int, _Batch] = {}
         self._replicas: dict[str, _Replica] = {}
@@ -258,7 +258,7 @@ class EngineClient:
             return
         stream.num_retries += 1
         self._series.count_failover()
-        # The routers may not know yet that the replica is gone: the first retry is almost at once, later ones wait.
+        # The routers may not know yet that the replica is gone: give them time to find out.
         delay_s = RETRY_BACKOFF_S * (2 ** (stream.num_retries - 1))
         asyncio.get_running_loop().call_later(delay_s, self._queue, stream)
 
@@ -281,7 +281,6 @@ class EngineClient:
         while True:
             message = self._gate.admit(await self._socket.recv_multipart())
             if message is None:
-                log.warning("dropped %d foreign messages so far", self._gate.dropped)
                 continue
             body = message[1]
             if isinstance(body, Accepted):

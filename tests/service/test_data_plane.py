@@ -176,7 +176,7 @@ class RawIngress:
         self.socket, self.endpoint = bind_pull(
             zmq.asyncio.Context(self.context), directory=None, name="", host=LOOPBACK
         )
-        self.gate = Gate(self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
+        self.gate = Gate("test", self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
 
     def submit(self, handle: Any, request: EngineRequest) -> Any:
         return handle.submit.remote(encode(Submit(1, self.endpoint, self.token, [request])))

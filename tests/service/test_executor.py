@@ -161,7 +161,7 @@ def test_start_up_errors_reach_the_caller_as_they_are(cluster: Cluster, checkpoi
 def test_foreign_messages_are_dropped_and_counted() -> None:
     """Wrong token, broken header, unknown kind, garbage, and values that a type refuses."""
     token = new_token()
-    gate = Gate(token, {Kind.STEP: StepPlan, Kind.EVENTS: list[SamplingParams]})
+    gate = Gate("test", token, {Kind.STEP: StepPlan, Kind.EVENTS: list[SamplingParams]})
     header = Header(Kind.STEP, 1, 2)
     good = pack(token, header, encode(empty_step(4)))
     assert gate.admit(good) == (header, empty_step(4))
