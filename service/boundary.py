@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import RequestError
 from service.errors import BodyTooLarge, ErrorAnswer, UnsupportedMediaType, answer, is_expected
-from service.metrics import HTTP_REQUESTS, IngressSeries
+from service.metrics import HTTP_REQUESTS, CpuSeries, IngressSeries
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class Boundary:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._cpu = CpuSeries("ingress")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,6 +63,7 @@ class Boundary:
             await send_answer(refusal, watched_send)
         finally:
             # Left out: requests whose client went away before an answer began.
+            self._cpu.update()
             if status is not None:
                 HTTP_REQUESTS.labels(getattr(scope.get("route"), "path", "unknown"), str(status)).inc()
 
