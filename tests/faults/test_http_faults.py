@@ -12,7 +12,7 @@ import httpx
 import pytest
 from ray import serve
 
-from tests.conftest import Cluster, wait_until
+from tests.cluster import Cluster, wait_until
 
 TIMEOUT_S = 60.0
 

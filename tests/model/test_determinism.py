@@ -1,4 +1,4 @@
-"""What must not change a result: the batch, the prefix cache, preemption, the chunking, where the seed's noise falls."""
+"""What must not change a result: the batch, the prefix cache, preemption, the chunking."""
 
 from __future__ import annotations
 

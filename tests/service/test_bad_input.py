@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import Cluster, wait_until
+from tests.cluster import Cluster, wait_until
 
 MODEL = "tiny"
 PROMPT = "import os\n"

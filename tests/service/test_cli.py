@@ -23,7 +23,7 @@ from engine.errors import ConfigError
 from service.cli import build_parser, main
 from service.flags import given_settings, make_settings
 from service.settings import ServiceSettings
-from tests.conftest import process_exists, wait_until
+from tests.cluster import process_exists, wait_until
 
 START_TIMEOUT_S = 120.0
 

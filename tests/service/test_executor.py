@@ -20,7 +20,7 @@ from engine.executor import Executor, InlineExecutor
 from engine.ray_executor import RayExecutor
 from engine.transport import Gate, Header, Kind, connect_push, encode, new_token, pack
 from engine.types import EngineRequest, NewRequest, SamplingParams, StepPlan, StepResult, StepRow
-from tests.conftest import Cluster, process_exists, wait_until
+from tests.cluster import Cluster, process_exists, wait_until
 
 PROMPTS = [list(range(3, 9)), [7] * 130, list(range(10, 400)) + list(range(10, 400))]
 

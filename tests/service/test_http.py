@@ -14,7 +14,7 @@ import pytest
 
 from engine import LLM, SamplingParams
 from engine.types import Output
-from tests.conftest import Cluster, wait_until
+from tests.cluster import Cluster, wait_until
 
 MODEL = "tiny"
 PROMPT = "def add(a, b):\n    return a + b\n"

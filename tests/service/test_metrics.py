@@ -23,7 +23,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from service import metrics
-from tests.conftest import Cluster, wait_until
+from tests.cluster import Cluster, wait_until
 
 LABELS = {
     *("model_name", "engine", "layer", "phase", "role", "route", "status", "code", "finished_reason", "le"),
