@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import RequestError
-from service.errors import BodyTooLarge, ErrorAnswer, UnsupportedMediaType, answer, is_expected
+from service.errors import BodyTimeout, BodyTooLarge, ErrorAnswer, UnsupportedMediaType, answer, is_expected
 from service.metrics import HTTP_REQUESTS, CpuSeries, IngressSeries
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
+# A client that stalls in the middle of its body would hold a request slot for ever.
+BODY_TIMEOUT_S = 60.0
+_JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 
 
 def report(error: BaseException, request_id: str) -> ErrorAnswer:
@@ -89,13 +94,11 @@ async def send_answer(refusal: ErrorAnswer, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def read_body(scope: Scope, receive: Receive, *, max_bytes: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
     """The whole JSON body. Stops reading at the limit; refuses what is not declared as JSON."""
     headers = Headers(scope=scope)
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not (
-        media_type.startswith("application/") and media_type.endswith("+json")
-    ):
+    if not _JSON_TYPE.fullmatch(media_type):
         given = repr(media_type[:MAX_REQUEST_ID_CHARS]) if media_type else "none"
         raise UnsupportedMediaType(f"content-type must be application/json, got {given}", code="unsupported_media_type")
     declared = headers.get("content-length", "")
@@ -103,17 +106,23 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int) -> bytes:
         raise _too_large(f"{declared} bytes", max_bytes)
     chunks: list[bytes] = []
     num_bytes = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect()
-        chunk = message.get("body", b"")
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise _too_large(f"more than {max_bytes} bytes", max_bytes)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect()
+                chunk = message.get("body", b"")
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+    except TimeoutError:
+        raise BodyTimeout(
+            f"the body did not arrive within {timeout_s:g} s: {num_bytes} bytes came", code="body_timeout"
+        ) from None
 
 
 def _too_large(given: str, max_bytes: int) -> BodyTooLarge:

@@ -26,6 +26,10 @@ class BodyTooLarge(RequestError):
     """The request body exceeds the limit; reading stops there."""
 
 
+class BodyTimeout(RequestError):
+    """The request body did not arrive in time."""
+
+
 class UnsupportedMediaType(RequestError):
     """The body is not declared as JSON."""
 
@@ -77,6 +81,7 @@ class _Row:
 _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
     (NotFound, _Row(404, "invalid_request_error", "model_not_found")),
     (BodyTooLarge, _Row(413, "invalid_request_error", "request_too_large")),
+    (BodyTimeout, _Row(408, "invalid_request_error", "body_timeout")),
     (UnsupportedMediaType, _Row(400, "invalid_request_error", "unsupported_media_type")),
     (RequestError, _Row(400, "invalid_request_error", "invalid_value")),
     (Overloaded, _Row(429, "rate_limit_error", "engine_overloaded")),

@@ -107,7 +107,10 @@ def _metrics(settings: ServiceSettings) -> Iterator[ServiceSettings]:
 def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSettings]:
     """A private Ray on loopback, or a connection to the one at `address`."""
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"--ray-address {address}: {error}") from error
         try:
             yield settings
         finally:

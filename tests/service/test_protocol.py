@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from engine.errors import EngineDead, Overloaded, RequestError
 from engine.types import SamplingParams
 from service import errors, sse
-from service.boundary import check_request_id
+from service.boundary import check_request_id, read_body
 from service.protocol import (
     CompletionRequest,
     DetokenizeRequest,
@@ -337,6 +338,39 @@ def test_request_ids_are_short_and_printable() -> None:
     for bad in ("x" * 129, "a\tb", "ä"):
         with pytest.raises(RequestError, match="x-request-id"):
             check_request_id(bad)
+
+
+async def _stalls() -> dict[str, Any]:
+    await asyncio.sleep(60.0)
+    raise AssertionError("the deadline came first")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [(b"application/json", 408), (b"text/plain", 400), (b"application/jsonx", 400), (b"", 400)],
+)
+def test_bodies_that_do_not_come(content_type: bytes, status: int) -> None:
+    scope = {"type": "http", "headers": [(b"content-type", content_type)]}
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(read_body(scope, _stalls, max_bytes=100, timeout_s=0.05))
+    assert errors.answer(caught.value).status == status
+
+
+@pytest.mark.parametrize("sizes", [[100], [60, 40], [0, 100], [101], [60, 41], [1] * 101])
+def test_bodies_are_read_up_to_the_limit(sizes: list[int]) -> None:
+    messages = [{"type": "http.request", "body": b"x" * n, "more_body": True} for n in sizes]
+    messages[-1]["more_body"] = False
+    queue = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        return next(queue)
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/vnd.x+json; charset=utf-8")]}
+    if sum(sizes) <= 100:
+        assert asyncio.run(read_body(scope, receive, max_bytes=100)) == b"x" * sum(sizes)
+    else:
+        with pytest.raises(errors.BodyTooLarge):
+            asyncio.run(read_body(scope, receive, max_bytes=100))
 
 
 def test_events_are_single_lines() -> None:
