@@ -114,7 +114,10 @@ def _build(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m deploy.demo.make_checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.demo.make_checkpoint",
+        description="Make the demo checkpoint of random weights, unless it is there already; prints its directory.",
+    )
     parser.add_argument("--out", type=Path, help=f"directory to make (default: {default_path()})")
     print(ensure_demo_checkpoint(parser.parse_args().out))
 
