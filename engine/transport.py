@@ -103,9 +103,7 @@ class Gate:
         return None
 
 
-def bind_pull(
-    context: zmq.Context[S], *, directory: Path | None, name: str, host: str
-) -> tuple[S, str]:
+def bind_pull(context: zmq.Context[S], *, directory: Path | None, name: str, host: str) -> tuple[S, str]:
     """A bound PULL socket and its endpoint: ipc inside `directory` when both ends can see it, else tcp on `host`."""
     bound = context.socket(zmq.PULL)
     bound.setsockopt(zmq.LINGER, 0)

@@ -34,13 +34,9 @@ INTER_TOKEN_LATENCY = Histogram(
 E2E_REQUEST_LATENCY = Histogram(
     "m3_e2e_request_latency_seconds", "From the request's arrival to its last bytes", _MODEL, buckets=_LONG_S
 )
-REQUEST_SUCCESS = Counter(
-    "m3_request_success_total", "Requests that ended, by reason", (*_MODEL, "finished_reason")
-)
+REQUEST_SUCCESS = Counter("m3_request_success_total", "Requests that ended, by reason", (*_MODEL, "finished_reason"))
 HTTP_REQUESTS = Counter("m3_http_requests_total", "HTTP responses", ("route", "status"))
-PROCESS_CPU = Counter(
-    "m3_process_cpu_seconds_total", "CPU time of the processes on the token path", ("process",)
-)
+PROCESS_CPU = Counter("m3_process_cpu_seconds_total", "CPU time of the processes on the token path", ("process",))
 FAILOVERS = Counter("m3_failovers_total", "Requests resubmitted after their replica was lost", _MODEL)
 REFUSALS = Counter("m3_refusals_total", "Requests that were not run, by error code", (*_MODEL, "code"))
 
@@ -94,12 +90,8 @@ CACHE_CONFIG_INFO = Gauge(
 
 # --- measured in the model, on rank 0 ----------------------------------------------------------------------------
 
-INDEXER_SECONDS = Counter(
-    "m3_indexer_seconds_total", "Score and top-k on probed steps", (*_ENGINE, "layer", "phase")
-)
-INDEXER_SAMPLES = Counter(
-    "m3_indexer_samples_total", "Probed calls of the indexer", (*_ENGINE, "layer", "phase")
-)
+INDEXER_SECONDS = Counter("m3_indexer_seconds_total", "Score and top-k on probed steps", (*_ENGINE, "layer", "phase"))
+INDEXER_SAMPLES = Counter("m3_indexer_samples_total", "Probed calls of the indexer", (*_ENGINE, "layer", "phase"))
 SPARSE_ATTENTION_SECONDS = Counter(
     "m3_sparse_attention_seconds_total", "Sparse attention on probed steps", (*_ENGINE, "layer", "phase")
 )
@@ -265,4 +257,3 @@ class RequestTimer:
         """The last bytes were sent. reason: stop, length, abort or error."""
         self._series._e2e.observe(time.monotonic() - self._arrival_s)
         REQUEST_SUCCESS.labels(self._series._model_name, reason).inc()
-

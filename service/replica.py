@@ -117,9 +117,10 @@ class EngineReplica:
             {r.request_id: _Progress(len(r.prompt_token_ids), len(r.output_token_ids)) for r in message.requests},
         )
         self._calls.update(dict.fromkeys(call.running, call))
+        # Before the answer: should that find the ingress gone, the abort comes after what it aborts.
+        self._engine.add(message.requests)
         accepted = Accepted(message.submit_id, self._replica_id, self._control_endpoint, self._control_token)
         self._send(peer, Kind.ACCEPTED, accepted)
-        self._engine.add(message.requests)
         try:
             dead = await call.done
         finally:

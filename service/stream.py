@@ -202,9 +202,7 @@ class EngineClient:
             on_its_way,
         )
         self._batches[batch.submit_id] = batch
-        requests = [
-            dataclasses.replace(s.request, request_id=s.attempt_id, output_token_ids=s.token_ids) for s in live
-        ]
+        requests = [dataclasses.replace(s.request, request_id=s.attempt_id, output_token_ids=s.token_ids) for s in live]
         payload = encode(Submit(batch.submit_id, self.endpoint, self.token, requests))
         batch.call = asyncio.create_task(self._call(batch, payload))
         return on_its_way

@@ -50,21 +50,27 @@ async def collect(events: Any) -> list[int]:
 
 
 def series(cluster: Cluster, name: str) -> float:
-    """Sum of a series over its labels."""
+    """Value of a series of the engine under test."""
     with urllib.request.urlopen(cluster.metrics_url, timeout=5) as reply:
         text = reply.read().decode()
-    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^\n]*}})? (\S+)$", text, re.MULTILINE))
+    return sum(float(value) for value in re.findall(rf'^{name}{{[^\n]*model_name="plane"}} (\S+)$', text, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
 def settings(cluster: Cluster, checkpoint: Path) -> ServiceSettings:
-    return cluster.settings(checkpoint, max_queued_requests=2, **ENGINE)
+    return cluster.settings(checkpoint, served_model_name="plane", max_queued_requests=2, **ENGINE)
 
 
 @pytest.fixture(scope="module")
 def handle(cluster: Cluster, settings: ServiceSettings) -> Iterator[Any]:
     with cluster.engine(settings) as handle:
         yield handle
+
+
+@pytest.fixture(autouse=True)
+def idle_engine(cluster: Cluster, handle: Any) -> None:
+    """What an earlier test aborted is gone."""
+    wait_until(lambda: series(cluster, "m3_kv_cache_usage_perc") == 0, timeout_s=10, what="an idle engine")
 
 
 def offline(checkpoint: Path, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
@@ -75,9 +81,7 @@ def offline(checkpoint: Path, prompts: list[list[int]], params: list[SamplingPar
         llm.close()
 
 
-def test_concurrent_streams_give_the_offline_tokens(
-    settings: ServiceSettings, handle: Any, checkpoint: Path
-) -> None:
+def test_concurrent_streams_give_the_offline_tokens(settings: ServiceSettings, handle: Any, checkpoint: Path) -> None:
     params = [sampling(seed, logprobs=2) for seed in range(len(PROMPTS))]
 
     async def run() -> list[list[int]]:
@@ -191,9 +195,7 @@ class RawIngress:
         return message[1]
 
 
-def test_an_ingress_that_vanishes_loses_its_requests(
-    cluster: Cluster, settings: ServiceSettings, handle: Any
-) -> None:
+def test_an_ingress_that_vanishes_loses_its_requests(cluster: Cluster, settings: ServiceSettings, handle: Any) -> None:
     async def run() -> SubmitReply:
         ingress = RawIngress()
         response = ingress.submit(handle, EngineRequest("vanish", [8] * 500, sampling(1, 3000)))

@@ -70,9 +70,7 @@ def test_ranks_give_the_tokens_of_one_process(
     assert executor.info.tensor_parallel_size == num_ranks
     assert executor.info.plan == "DDFSF"
     assert generate(settings, executor) == expected
-    wait_until(
-        lambda: not any(map(process_exists, executor.worker_pids)), timeout_s=5, what="the end of closed ranks"
-    )
+    wait_until(lambda: not any(map(process_exists, executor.worker_pids)), timeout_s=5, what="the end of closed ranks")
     assert not executor.directory.exists()
 
 

@@ -26,7 +26,7 @@ from service import metrics
 from tests.cluster import Cluster, wait_until
 
 LABELS = {
-    *("model_name", "engine", "layer", "phase", "role", "route", "status", "code", "finished_reason", "le"),
+    *("model_name", "engine", "layer", "phase", "role", "route", "status", "code", "finished_reason", "le", "process"),
     *("plan", "backend", "dtype", "tensor_parallel_size", "num_pages", "page_size", "page_bytes", "max_model_len"),
 }
 PROMPT = list(range(10, 410)) * 3
@@ -42,9 +42,7 @@ class Scrape:
         self.samples: list[Sample] = [s for family in text_string_to_metric_families(text) for s in family.samples]
 
     def get(self, name: str, **labels: str) -> float:
-        return math.fsum(
-            s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()
-        )
+        return math.fsum(s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items())
 
     def values(self, name: str, label: str, **labels: str) -> set[str]:
         found = (s for s in self.samples if s.name == name and labels.items() <= s.labels.items() and s.value > 0)
@@ -117,9 +115,7 @@ def test_times_are_observed_once_per_request(scrapes: tuple[Scrape, Scrape]) -> 
         assert grown(scrapes, f"m3_{name}_seconds_count", model_name="counted") == 2, name
     assert grown(scrapes, "m3_request_decode_time_seconds_count", model_name="counted") == 2
     e2e = grown(scrapes, "m3_e2e_request_latency_seconds_sum")
-    engine = sum(
-        grown(scrapes, f"m3_request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode")
-    )
+    engine = sum(grown(scrapes, f"m3_request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode"))
     assert 0 < engine < e2e
     steps = grown(scrapes, "m3_engine_step_seconds_sum")
     model = grown(scrapes, "m3_forward_seconds_total")
