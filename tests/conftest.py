@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from tests.checkpoints import make_checkpoint
 
 if TYPE_CHECKING:
     from tests.cluster import Cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Operations of tiny models are shorter than it takes to wake a second thread."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -374,6 +374,21 @@ def test_a_disconnect_ends_the_request_in_the_engine(cluster: Cluster, url: str)
     assert post(url, prompt=PROMPT, max_tokens=1)["choices"]
 
 
+def test_a_client_that_gives_up_waiting_ends_the_request_too(cluster: Cluster, url: str) -> None:
+    before = cluster_series(cluster, 'm3_request_success_total{finished_reason="abort"')
+    body = {"prompt": PROMPT, "n": 2, "max_tokens": 4000, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=0.5)
+    wait_until(
+        lambda: (
+            cluster_series(cluster, 'm3_request_success_total{finished_reason="abort"') == before + 2
+            and cluster_series(cluster, "m3_num_requests_running") == 0
+        ),
+        timeout_s=10,
+        what="the abort of both choices",
+    )
+
+
 def cluster_series(cluster: Cluster, prefix: str) -> float:
     """The sum of the series that begin with `prefix` and belong to this module's model."""
     lines = httpx.get(cluster.metrics_url).text.splitlines()
