@@ -1,6 +1,7 @@
 """The `m3serve` command. Each subcommand is a module with `add_parser(subparsers)`, which sets `run`.
 
-Exit status: 0 done; 1 it failed while running; 2 the command line, a setting or the checkpoint is wrong.
+Exit status: 0 done; 1 it failed while running; 2 the command line, a setting or the checkpoint is wrong;
+130 Ctrl-C before there was anything to finish.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         print(f"m3serve: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

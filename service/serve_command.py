@@ -105,7 +105,7 @@ def free_port(flag: str, host: str, port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-            # Serve's proxy listens with SO_REUSEPORT: without this it would share the port with its owner.
+            # A socket that is only bound, by another server with SO_REUSEADDR, shows here at the latest.
             probe.listen(1)
         except OSError as error:
             reason = error.strerror or error
