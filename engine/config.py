@@ -113,7 +113,7 @@ class EngineConfig:
     """Settings of one engine replica; `None` means: resolved at start-up, see EngineInfo. Raises ConfigError."""
 
     model: str = field(metadata={"help": "checkpoint directory: config.json, *.safetensors, tokenizer.json"})
-    backend: str = field(default="auto", metadata={"help": "kernels: torch, triton, aiter, or auto"})
+    backend: str = field(default="auto", metadata={"help": "kernels: torch, or auto: the best for this machine"})
     dtype: str = field(default="auto", metadata={"help": "compute dtype: bfloat16, float32, or auto"})
     tensor_parallel_size: int = field(default=1, metadata={"help": "ranks of one replica"})
     max_model_len: int | None = field(
@@ -148,7 +148,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must be the path of a checkpoint directory, got {self.model!r}")
-        _choice("backend", self.backend, ("auto", "torch", "triton", "aiter"))
+        _choice("backend", self.backend, ("auto", "torch"))
         _choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _choice("load_format", self.load_format, ("auto", "dummy"))
         _choice("index_reuse", self.index_reuse, ("lean", "audited"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class LLM:
 
     def __init__(self, model_dir: str | Path, **settings: Any) -> None:
         config = EngineConfig.from_kwargs(model_dir, **settings)
-        self._executor = _make_executor(config)
+        self._leave_ray: Callable[[], None] | None = None
+        self._executor = self._make_executor(config)
         self._core = EngineCore(config, self._executor)
         try:
             self._tokenizer: Tokenizer | None = Tokenizer.from_dir(model_dir, vocab_size=self._core.info.vocab_size)
@@ -113,9 +115,21 @@ class LLM:
             raise RequestError("the checkpoint has no tokenizer.json: give token ids", param="prompt")
         return self._tokenizer.encode(prompt)
 
+    def _make_executor(self, config: EngineConfig) -> Executor:
+        if config.tensor_parallel_size == 1:
+            return InlineExecutor(config)
+        # By name: a single rank must work on a machine without Ray.
+        ray_executor = importlib.import_module("engine.ray_executor")
+        self._leave_ray = ray_executor.ensure_ray(num_cpus=config.tensor_parallel_size)
+        executor: Executor = ray_executor.RayExecutor(config)
+        return executor
+
     def close(self) -> None:
-        """Free weights, pages and worker processes. Safe to call twice."""
+        """Free weights, pages and worker processes, and the Ray that was started for them. Safe to call twice."""
         self._core.close()
+        if self._leave_ray is not None:
+            self._leave_ray()
+            self._leave_ray = None
 
     def __enter__(self) -> LLM:
         return self
@@ -187,13 +201,3 @@ class _Job:
             num_cached_tokens=self._num_cached_tokens,
             prompt_token_ids=self.prompt_token_ids,
         )
-
-
-def _make_executor(config: EngineConfig) -> Executor:
-    if config.tensor_parallel_size == 1:
-        return InlineExecutor(config)
-    # Ray is for groups only: a single rank must work on a machine without it.
-    from engine.ray_executor import RayExecutor, ensure_ray  # noqa: PLC0415
-
-    ensure_ray(num_cpus=config.tensor_parallel_size)
-    return RayExecutor(config)

@@ -22,10 +22,10 @@ class WorkerAddress:
 class RankActor:
     """Makes an engine.worker.Worker in the actor's process, and passes calls to it."""
 
-    def __init__(self, config: EngineConfig, *, rank: int, world_size: int, use_gpu: bool) -> None:
+    def __init__(self, config: EngineConfig, *, rank: int, world_size: int) -> None:
         # By name: whoever imports this module, to place the actor, would load torch with it.
         worker = importlib.import_module("engine.worker")
-        self._worker = worker.Worker(config, rank=rank, world_size=world_size, use_gpu=use_gpu)
+        self._worker = worker.Worker(config, rank=rank, world_size=world_size)
 
     def call(self, method: str, *args: Any) -> Any:
         """What `method` of the Worker returns."""

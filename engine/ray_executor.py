@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ CLOSE_TIMEOUT_S = 10.0
 DEATH_POLL_S = 0.05
 
 
-def ensure_ray(num_cpus: int) -> bool:
-    """Join the cluster of RAY_ADDRESS, else start a local one; True when this call connected this process to Ray.
+def ensure_ray(num_cpus: int) -> Callable[[], None] | None:
+    """Join the cluster of RAY_ADDRESS, else start a local one. Returns how to leave what this call joined, if it did.
 
     num_cpus: logical CPUs that a local cluster must offer, whatever the machine has.
     """
     if ray.is_initialized():
-        return False
+        return None
     # Ray's own variable. Without it Ray would look for any cluster on this machine.
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
@@ -53,15 +54,8 @@ def ensure_ray(num_cpus: int) -> bool:
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
         )
-    return True
-
-
-def resolve_gpus_per_rank(config: EngineConfig) -> int:
-    """1 when the backend runs on GPUs, or may and the cluster has one for each rank; else 0."""
-    if config.backend in ("triton", "aiter"):
-        return 1
-    num_gpus = ray.cluster_resources().get("GPU", 0)
-    return int(config.backend == "auto" and num_gpus >= config.tensor_parallel_size)
+    leave: Callable[[], None] = ray.shutdown
+    return leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +70,6 @@ class RayExecutor:
     placement_group: one bundle per rank; made (STRICT_PACK) and removed here when not given.
     step_timeout_s: a step that takes longer means a lost group: a hung rank looks like nothing else.
     start_timeout_s: limit for starting the processes and loading the weights.
-    gpus_per_rank: None asks the backend and the cluster.
     use_tcp: also between processes of one node, which otherwise use unix sockets.
     """
 
@@ -85,15 +78,13 @@ class RayExecutor:
         config: EngineConfig,
         *,
         placement_group: PlacementGroup | None = None,
-        step_timeout_s: float = 60.0,
+        step_timeout_s: float = 120.0,
         start_timeout_s: float = 1800.0,
-        gpus_per_rank: int | None = None,
         use_tcp: bool = False,
     ) -> None:
         self._use_tcp = use_tcp
         self._step_timeout_s = step_timeout_s
         self._start_deadline = time.monotonic() + start_timeout_s
-        self._gpus_per_rank = resolve_gpus_per_rank(config) if gpus_per_rank is None else gpus_per_rank
         self._token = new_token()
         self._epoch = new_epoch()
         self._gate = Gate("executor", self._token, {Kind.RESULT: StepResult, Kind.FAILURE: str, Kind.HELLO: int})
@@ -125,14 +116,13 @@ class RayExecutor:
         for rank in range(world_size):
             options = actor_class.options(
                 num_cpus=1,
-                num_gpus=self._gpus_per_rank,
                 max_restarts=0,
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=self._group, placement_group_bundle_index=rank
                 ),
             )
-            worker = options.remote(config, rank=rank, world_size=world_size, use_gpu=self._gpus_per_rank > 0)
+            worker = options.remote(config, rank=rank, world_size=world_size)
             self._workers.append(worker)
         node_id = ray.get_runtime_context().get_node_id()
         directory = None if self._use_tcp else str(self.directory)
@@ -165,7 +155,7 @@ class RayExecutor:
         return infos[0]
 
     def _place(self, world_size: int) -> PlacementGroup:
-        bundle = {"CPU": 1.0} | ({"GPU": float(self._gpus_per_rank)} if self._gpus_per_rank else {})
+        bundle = {"CPU": 1.0}
         group = placement_group([bundle] * world_size, strategy="STRICT_PACK")
         limit_s = min(PLACEMENT_TIMEOUT_S, self._start_deadline - time.monotonic())
         try:

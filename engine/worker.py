@@ -32,11 +32,10 @@ MIN_COLLECTIVE_TIMEOUT_S = 30.0
 class Worker:
     """A rank. Calls in order: listen, load, allocate, run."""
 
-    def __init__(self, config: EngineConfig, *, rank: int, world_size: int, use_gpu: bool) -> None:
+    def __init__(self, config: EngineConfig, *, rank: int, world_size: int) -> None:
         self._config = config
         self._rank = rank
         self._world_size = world_size
-        self._use_gpu = use_gpu
         self._context: zmq.Context[Any] = zmq.Context()
         self._plans: zmq.Socket[Any] | None = None
         self._store: TCPStore | None = None
@@ -80,7 +79,7 @@ class Worker:
         # gloo would otherwise listen on whatever address the host name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
         dist.init_process_group(
-            "nccl" if self._use_gpu else "gloo",
+            "gloo",
             store=self._store,
             rank=self._rank,
             world_size=self._world_size,

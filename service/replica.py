@@ -76,7 +76,6 @@ class EngineReplica:
             config,
             step_timeout_s=settings.step_timeout_s,
             start_timeout_s=settings.start_timeout_s,
-            gpus_per_rank=settings.gpus_per_rank,
         )
         try:
             core = EngineCore(config, executor)

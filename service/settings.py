@@ -69,9 +69,6 @@ class ServiceSettings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="port of the HTTP server; 0: any free one (CLI)")
     replicas: int = Field(default=1, ge=1, description="engine replicas, each with its own worker group")
     ingress_replicas: int = Field(default=1, ge=1, description="HTTP front processes")
-    gpus_per_rank: int | None = Field(
-        default=None, ge=0, le=1, description="GPUs of one worker; default: 1 if the backend and cluster have them"
-    )
     metrics_port: int = Field(
         default=9400, ge=0, le=65535, description="port of the Prometheus exporter; 0: any free one (CLI)"
     )
@@ -92,7 +89,7 @@ class ServiceSettings(BaseSettings):
         default=65536, ge=1, description="tokens kept for a client that reads slowly; more end its request"
     )
     step_timeout_s: float = Field(
-        default=60.0, gt=0, description="an engine step that takes longer means that its worker group is lost"
+        default=120.0, gt=0, description="an engine step that takes longer means that its worker group is lost"
     )
     start_timeout_s: float = Field(default=1800.0, gt=0, description="limit for starting and loading a worker group")
     health_check_period_s: float = Field(default=2.0, gt=0, description="how often Serve asks for a replica's health")
