@@ -113,7 +113,7 @@ class LLM:
             return list(prompt)
         if self._tokenizer is None:
             raise RequestError("the checkpoint has no tokenizer.json: give token ids", param="prompt")
-        return self._tokenizer.encode(prompt)
+        return self._tokenizer.encode(prompt, add_special_tokens=True)
 
     def _make_executor(self, config: EngineConfig) -> Executor:
         if config.tensor_parallel_size == 1:

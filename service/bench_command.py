@@ -68,6 +68,9 @@ def add_parser(subparsers: Any) -> None:
     remote.add_argument("--requests", type=_count, metavar="N", help="requests in all; default: one per stream")
     remote.add_argument("--input-tokens", type=_count, default=1024, metavar="N", help="prompt length (1024)")
     remote.add_argument("--output-tokens", type=_count, default=64, metavar="N", help="tokens per request (64)")
+    remote.add_argument(
+        "--max-token-id", type=_count, default=4000, metavar="N", help="prompts are random ids below this (4000)"
+    )
     remote.add_argument("--metrics-url", help="the service's exporter, for CPU seconds per 1k tokens")
     remote.add_argument("--timeout-s", type=float, default=600.0, metavar="X", help="limit for one request (600)")
     remote.add_argument("--api-key", help="sent as a bearer token")
@@ -103,6 +106,7 @@ def _http(args: argparse.Namespace) -> int:
         requests=args.requests or args.streams,
         input_tokens=args.input_tokens,
         output_tokens=args.output_tokens,
+        max_token_id=args.max_token_id,
         metrics_url=args.metrics_url,
         timeout_s=args.timeout_s,
         api_key=args.api_key,

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from engine.errors import ConfigError
 from service.bench.report import machine, progress, summary, table, write
 
 PROGRESS_PERIOD_S = 10.0
@@ -79,6 +80,7 @@ async def _bench(
     requests: int,
     input_tokens: int,
     output_tokens: int,
+    max_token_id: int,
     metrics_url: str | None,
     timeout_s: float,
     api_key: str | None,
@@ -89,12 +91,10 @@ async def _bench(
         served = (await client.get(f"{base_url}/models")).raise_for_status().json()["data"]
         card = next((entry for entry in served if model in (None, entry["id"])), None)
         if card is None:
-            raise SystemExit(
-                f"m3serve bench: {base_url} does not serve {model!r}; it serves {[e['id'] for e in served]}"
-            )
+            names = ", ".join(entry["id"] for entry in served)
+            raise ConfigError(f"--model {model}: {base_url} does not serve it, only {names}")
         rng = random.Random(0)
-        # Ids that every tokenizer of this family has, without its special tokens at the end.
-        pending = [[rng.randrange(256, 3500) for _ in range(input_tokens)] for _ in range(requests)]
+        pending = [[rng.randrange(max_token_id) for _ in range(input_tokens)] for _ in range(requests)]
         done: list[_Stream] = []
         cpu_before = await _cpu_seconds(client, metrics_url)
         started = time.perf_counter()
@@ -152,7 +152,11 @@ async def _bench(
 
 def run(base_url: str, *, out: str | None, **options: Any) -> int:
     """Run the closed loop; exit status 1 when a request failed."""
-    document = asyncio.run(_bench(base_url.rstrip("/"), **options))
+    try:
+        document = asyncio.run(_bench(base_url.rstrip("/"), **options))
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        progress(f"error: {base_url} cannot be measured: {error}")
+        return 1
     row = {
         "streams": document["streams"],
         "output tok/s": document["output_tokens_per_s"],
