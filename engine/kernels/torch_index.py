@@ -149,9 +149,11 @@ def _top_blocks(scores: Tensor, own: Tensor, params: SelectParams) -> Tensor:
     ids = torch.arange(scores.shape[-1])
     own = own[:, None, None]
     scores = torch.nan_to_num(scores, nan=_NEVER, posinf=-_NEVER, neginf=_NEVER)
-    scores = torch.where(ids < params.init_blocks, _INIT_SCORE, scores)
-    scores = torch.where((ids > own - params.local_blocks) & (ids <= own), _LOCAL_SCORE, scores)
-    scores = torch.where(ids > own, -torch.inf, scores)
+    if params.init_blocks:
+        scores[..., : params.init_blocks] = _INIT_SCORE
+    if params.local_blocks:
+        scores.masked_fill_((ids > own - params.local_blocks) & (ids <= own), _LOCAL_SCORE)
+    # Blocks past the token's own already have the lowest score: all their keys are hidden.
     # One integer key orders by score, then by lower id: float bits compare as integers once the negative ones are
     # mirrored. Adding 0 turns -0 into +0, so that the two tie as they do in comparison.
     bits = (scores + 0.0).view(torch.int32)

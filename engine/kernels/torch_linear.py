@@ -78,20 +78,19 @@ def experts(x: Tensor, packed: PackedExperts, weights: Tensor, ids: Tensor, act:
     flat_ids = ids.reshape(-1)
     order = torch.argsort(flat_ids, stable=True)
     counts = torch.bincount(flat_ids, minlength=len(w13)).tolist()
-    token_of_pair = order // top_k
-    pair_out = x.new_empty(num_tokens * top_k, w2[0].shape[0])
+    # Rounded-up row counts reach into the next expert's rows, and behind the last one's: nothing reads what comes out.
+    spare = 0 if num_tokens * top_k <= _ROW_STEP else _ROW_STEP
+    sorted_x = x[F.pad(order // top_k, (0, spare))]
+    runs: list[tuple[int, int, int, int]] = []  # expert, first row, rows, rows rounded up
     start = 0
     for expert, count in enumerate(counts):
-        if not count:
-            continue
-        rows = token_of_pair[start : start + count]
-        # The padding rows repeat token 0; nothing reads what comes out of them.
-        padded = count if count <= _ROW_STEP else -(-count // _ROW_STEP) * _ROW_STEP
-        if padded != count:
-            rows = F.pad(rows, (0, padded - count))
-        hidden = swiglu(linear(x[rows], w13[expert]), act)
-        pair_out[start : start + count] = linear(hidden, w2[expert])[:count]
-        start += count
+        if count:
+            padded = count if count <= _ROW_STEP else -(-count // _ROW_STEP) * _ROW_STEP
+            runs.append((expert, start, count, padded))
+            start += count
+    gate_up = torch.cat([linear(sorted_x[s : s + padded], w13[e])[:count] for e, s, count, padded in runs])
+    hidden = F.pad(swiglu(gate_up, act), (0, 0, 0, spare))
+    pair_out = torch.cat([linear(hidden[s : s + padded], w2[e])[:count] for e, s, count, padded in runs])
     by_rank = torch.empty_like(pair_out)
     by_rank[order] = pair_out
     ranked = by_rank.view(num_tokens, top_k, -1)

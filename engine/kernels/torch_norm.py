@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine.kernels.batch import StepBatch
 from engine.kernels.params import KVPages, QKVLayout
@@ -14,7 +13,9 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
     x: [..., size].  gain: float32 [size], the checkpoint's weight plus one (added once, at load).
     """
-    return F.rms_norm(x.float(), (x.shape[-1],), gain, eps).to(x.dtype)
+    values = x.float()
+    scale = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (values * scale).mul_(gain).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,23 +49,27 @@ def qk_norm_rope_insert(
 ) -> tuple[Tensor, Tensor | None]:
     """Norm and rotate the heads of the packed row, and write K, V and index-K into their pages.
 
-    qkv: [num_tokens, sum(layout.sizes)].  gains: float32, of q, k and, where the layer has an indexer, index_q and
-    index_k.  cos_sin_table: float32 [max_model_len, rotary_dim].
+    qkv: [num_tokens, sum(layout.sizes)].  gains: float32 [num_heads + num_kv_heads, head_dim] of the heads of q and k
+    and, where the layer has an indexer, [num_index_heads + 1, index_dim] of those of index_q and index_k: neighbours
+    in the row are normed and rotated together.  cos_sin_table: float32 [max_model_len, rotary_dim].
     Returns q [num_tokens, num_heads, head_dim] and index_q float32 [num_tokens, num_index_heads, index_dim] or None.
     """
-    num_tokens = qkv.shape[0]
+    num_tokens, dim, index_dim = qkv.shape[0], layout.head_dim, layout.index_dim
     cos_sin = cos_sin_table[batch.positions]
-    q, k, v, index_q, index_k = qkv.split(layout.sizes, dim=-1)
+    num_qk = layout.num_heads + layout.num_kv_heads
+    qk, v, index = qkv.split((num_qk * dim, layout.sizes[2], sum(layout.sizes[3:])), dim=-1)
 
-    def heads(x: Tensor, dim: int, gain: Tensor) -> Tensor:
-        x = x.reshape(num_tokens, -1, dim).float()
-        return rotate(F.rms_norm(x, (dim,), gain, layout.eps), cos_sin)
+    def heads(x: Tensor, size: int, gain: Tensor) -> Tensor:
+        x = x.reshape(num_tokens, -1, size).float()
+        return rotate(rms_norm(x, gain, layout.eps), cos_sin)
 
     page_ids, offsets = batch.slot_mapping // pages.k.shape[2], batch.slot_mapping % pages.k.shape[2]
-    pages.k[page_ids, :, offsets] = heads(k, layout.head_dim, gains[1]).to(pages.k.dtype)
-    pages.v[page_ids, :, offsets] = v.reshape(num_tokens, -1, layout.head_dim)
-    rotated_q = heads(q, layout.head_dim, gains[0]).to(qkv.dtype)
+    rotated = heads(qk, dim, gains[0]).to(qkv.dtype)
+    pages.k[page_ids, :, offsets] = rotated[:, layout.num_heads :]
+    pages.v[page_ids, :, offsets] = v.reshape(num_tokens, -1, dim)
+    q = rotated[:, : layout.num_heads]
     if pages.index_k is None:
-        return rotated_q, None
-    pages.index_k[page_ids, offsets] = heads(index_k, layout.index_dim, gains[3])[:, 0].to(pages.index_k.dtype)
-    return rotated_q, heads(index_q, layout.index_dim, gains[2]).to(qkv.dtype)
+        return q, None
+    rotated_index = heads(index, index_dim, gains[1]).to(qkv.dtype)
+    pages.index_k[page_ids, offsets] = rotated_index[:, -1]
+    return q, rotated_index[:, :-1]

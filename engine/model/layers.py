@@ -61,13 +61,19 @@ class Attention:
             head_rows("k_proj.weight", config.num_key_value_heads, config.head_dim),
             head_rows("v_proj.weight", config.num_key_value_heads, config.head_dim),
         ]
-        gains = [build.gain(f"{prefix}{name}_norm.weight", config.head_dim) for name in ("q", "k")]
+
+        def head_gains(names: tuple[str, str], counts: tuple[int, int], dim: int) -> Tensor:
+            """float32 [sum(counts), dim]: each head's gain."""
+            each = [build.gain(f"{prefix}{name}_norm.weight", dim) for name in names]
+            return torch.cat([gain.expand(count, dim) for gain, count in zip(each, counts, strict=True)])
+
+        gains = [head_gains(("q", "k"), (self.layout.num_heads, self.layout.num_kv_heads), config.head_dim)]
         index_names = ("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm")
         if owns_index:
             parts.append(head_rows("index_q_proj.weight", config.num_index_heads, config.index_dim))
             shape = (config.index_dim, config.hidden_size)
             parts.append(weights.take(prefix + "index_k_proj.weight", shape, build.dtype))
-            gains += [build.gain(f"{prefix}index_{name}_norm.weight", config.index_dim) for name in ("q", "k")]
+            gains.append(head_gains(("index_q", "index_k"), (self.layout.num_index_heads, 1), config.index_dim))
         elif selector is not None:
             for name in index_names:
                 weights.drop(f"{prefix}{name}.weight", "index weights of a reuse layer")

@@ -10,6 +10,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -129,9 +132,9 @@ class MiniMaxM3:
         index = (num_pages, PAGE_SIZE, config.index_dim)
         self.pages = [
             KVPages(
-                torch.zeros(kv, dtype=self.dtype),
-                torch.zeros(kv, dtype=self.dtype),
-                torch.zeros(index, dtype=self.dtype) if layer.attention.layout.num_index_heads else None,
+                _zeros(kv, self.dtype),
+                _zeros(kv, self.dtype),
+                _zeros(index, self.dtype) if layer.attention.layout.num_index_heads else None,
             )
             for layer in self.layers
         ]
@@ -158,6 +161,11 @@ class MiniMaxM3:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden] -> float32 [rows, vocab_size], the same on every rank."""
         return self.parallel.all_gather_last(self.kernels.linear(hidden, self.lm_head)).float()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A pool of pages that takes memory only as pages are written: torch.zeros would touch all of it at once."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def rope_table(num_positions: int, rotary_dim: int, theta: float) -> Tensor:

@@ -104,7 +104,10 @@ def test_norm_rope_insert() -> None:
     pages = KVPages(torch.zeros(3, 2, 128, 32), torch.zeros(3, 2, 128, 32), torch.zeros(3, 128, 24))
     qkv = randn(count, sum(layout.sizes))
     gains = (randn(32, seed=1), randn(32, seed=2), randn(24, seed=3), randn(24, seed=4))
-    q, index_q = torch_norm.qk_norm_rope_insert(qkv, gains, rope_table(512, 16, 10000.0), batch, layout, pages)
+    packed = tuple(
+        torch.cat((gains[i].expand(heads, -1), gains[i + 1].expand(keys, -1))) for i, heads, keys in ((0, 4, 2), (2, 2, 1))
+    )
+    q, index_q = torch_norm.qk_norm_rope_insert(qkv, packed, rope_table(512, 16, 10000.0), batch, layout, pages)
     parts = qkv.double().split(layout.sizes, dim=-1)
 
     def expected(part: torch.Tensor, gain: torch.Tensor, token: int) -> torch.Tensor:
