@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import engine
+from engine.config import PAGE_SIZE
 from engine.types import SamplingParams
 from service.bench.report import Row, machine, progress, table, write
 
@@ -27,10 +28,17 @@ def run(
 ) -> int:
     """Run every case on one engine; prompts are random token ids, decoding is greedy."""
     started = time.perf_counter()
+
+    def pages(tokens: int) -> int:
+        return -(-tokens // PAGE_SIZE)
+
     needed = max([*prefill_tokens, context_tokens + decode_steps + 1]) + 1
+    running = max(decode_batches, default=1)
     defaults = {
         "max_model_len": needed,
-        "max_num_seqs": max(decode_batches, default=1),
+        # No more than the cases fill, so that the peak memory says what they need.
+        "num_pages": max(pages(needed), running * pages(context_tokens + decode_steps + 1)),
+        "max_num_seqs": running,
         # A repeated prompt would be found instead of computed.
         "enable_prefix_caching": False,
     }
