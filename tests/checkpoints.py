@@ -9,9 +9,7 @@ from deploy.demo.vocabulary import train_tokenizer
 from deploy.demo.writer import Layout, Sizes, write_checkpoint
 
 
-def make_checkpoint(
-    path: Path, *, seed: int = 0, layout: Layout = "vl", shards: int = 2, **sizes: Any
-) -> Path:
+def make_checkpoint(path: Path, *, seed: int = 0, layout: Layout = "vl", shards: int = 2, **sizes: Any) -> Path:
     """Write a checkpoint to the directory `path` and return it. sizes: the fields of `Sizes`."""
     chosen = Sizes(**sizes)
     tokenizer = train_tokenizer(chosen.vocab_size)

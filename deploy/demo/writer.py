@@ -239,9 +239,7 @@ class _Random:
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return (torch.randn(*shape, generator=self._generator) * std).to(dtype)
 
-    def linear(
-        self, rows: int, columns: int, *, gain: float = 1.0, dtype: torch.dtype = torch.bfloat16
-    ) -> Tensor:
+    def linear(self, rows: int, columns: int, *, gain: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return self.normal(rows, columns, std=gain / math.sqrt(columns), dtype=dtype)
 
     def norm(self, size: int, *, mean: float = 0.0) -> Tensor:

@@ -48,9 +48,7 @@ def open_llm(path: Path, *, chunk: int = 4096, num_pages: int = 64, **settings: 
 
 def greedy(max_tokens: int) -> SamplingParams:
     """The best token each time, never ended early, with the log-probability of every token."""
-    return SamplingParams(
-        max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0
-    )
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
 
 
 def observe(llm: LLM, prompt: Sequence[int], max_tokens: int) -> Observed:

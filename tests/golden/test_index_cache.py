@@ -71,9 +71,7 @@ def largest_difference(one: Observed, other: Observed) -> float:
 
 
 @pytest.mark.parametrize(("knobs", "letters"), PLANS, ids=[letters for _, letters in PLANS])
-def test_sharing_equals_the_oracle(
-    checkpoint: Path, off_long: Observed, knobs: dict[str, Any], letters: str
-) -> None:
+def test_sharing_equals_the_oracle(checkpoint: Path, off_long: Observed, knobs: dict[str, Any], letters: str) -> None:
     with open_llm(checkpoint, chunk=257, **knobs) as llm:
         assert str(llm.plan) == letters
         shared = observe(llm, prompt(LENGTH), 4)
@@ -107,9 +105,7 @@ def test_only_compute_layers_select(checkpoint: Path) -> None:
         computed, reused = llm.stats.selections_computed, llm.stats.selections_reused
     steps = 3 + 3
     assert {layer_id: count for layer_id, count in computed.items() if count} == {1: steps, 5: steps}
-    assert {layer_id: count for layer_id, count in reused.items() if count} == dict.fromkeys(
-        (2, 3, 4, 6, 7), steps
-    )
+    assert {layer_id: count for layer_id, count in reused.items() if count} == dict.fromkeys((2, 3, 4, 6, 7), steps)
 
 
 def test_audited_is_lean_and_its_overlaps_are_the_oracles(checkpoint: Path) -> None:
@@ -137,9 +133,7 @@ def test_an_audit_runs_every_interval(checkpoint: Path) -> None:
     """6 steps of at most 300 tokens, an audit every 2nd: fewer tokens are audited than run."""
     counts = []
     for interval in (1, 2):
-        with open_llm(
-            checkpoint, chunk=300, index_reuse="audited", audit_interval=interval, **FREQ_4
-        ) as llm:
+        with open_llm(checkpoint, chunk=300, index_reuse="audited", audit_interval=interval, **FREQ_4) as llm:
             observe(llm, prompt(LENGTH), 2)
             counts.append(llm.stats.overlap_count[2])
     every, second = counts

@@ -105,7 +105,8 @@ def test_norm_rope_insert() -> None:
     qkv = randn(count, sum(layout.sizes))
     gains = (randn(32, seed=1), randn(32, seed=2), randn(24, seed=3), randn(24, seed=4))
     packed = tuple(
-        torch.cat((gains[i].expand(heads, -1), gains[i + 1].expand(keys, -1))) for i, heads, keys in ((0, 4, 2), (2, 2, 1))
+        torch.cat((gains[i].expand(heads, -1), gains[i + 1].expand(keys, -1)))
+        for i, heads, keys in ((0, 4, 2), (2, 2, 1))
     )
     q, index_q = torch_norm.qk_norm_rope_insert(qkv, packed, rope_table(512, 16, 10000.0), batch, layout, pages)
     parts = qkv.double().split(layout.sizes, dim=-1)
