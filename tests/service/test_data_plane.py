@@ -307,7 +307,7 @@ def test_without_a_replica_requests_fail_in_time(cluster: Cluster, checkpoint: P
             started_s = time.monotonic()
             with pytest.raises(EngineDead):
                 await anext(client.generate(EngineRequest("r", [5, 6, 7], sampling(1))))
-            assert time.monotonic() - started_s < 4.0
+            assert time.monotonic() - started_s < 30.0
             assert not client.ready()
 
     with cluster.engine(settings) as handle:
