@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 # Read by the OpenMP runtime when torch loads it. Its threads would otherwise spin at every barrier for as long as it
 # takes: where a step's threads share their cores with Ray, the HTTP front or another rank, decoding on CPU gets several
-# times slower. About 50 us of spinning are as good as any number on idle cores.
+# times slower. A thousand turns of spinning are as good as any larger number on idle cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

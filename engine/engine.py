@@ -17,15 +17,12 @@ from engine.errors import ConfigError, EngineDead, RequestError
 from engine.metrics import EngineStats
 from engine.pages import PagePool
 from engine.scheduler import RequestState, Scheduler, Step
-from engine.types import EngineRequest, FinishReason, Logprobs, RequestEvent, StepResult
+from engine.types import NOT_FINITE, NOT_SAMPLED, EngineRequest, FinishReason, Logprobs, RequestEvent, StepResult
 
 if TYPE_CHECKING:  # at run time it would load torch, which the scheduler's process has no use for
     from engine.executor import Executor
 
 log = logging.getLogger(__name__)
-
-NOT_SAMPLED = -1
-NOT_FINITE = -2
 
 
 class EngineCore:

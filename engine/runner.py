@@ -21,12 +21,21 @@ from engine.model.weights import CheckpointWeights, DummyWeights, WeightSource
 from engine.parallel import TensorParallel
 from engine.probes import HostProbe
 from engine.sampler import SamplerState, logprobs_of
-from engine.types import EngineInfo, Logprobs, NewRequest, SamplingParams, StepPlan, StepResult, StepRow
+from engine.types import (
+    NOT_FINITE,
+    NOT_SAMPLED,
+    EngineInfo,
+    Logprobs,
+    NewRequest,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    StepRow,
+)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float32}
 # Logits of prompt tokens are made for so many rows at a time: vocab_size floats each.
 _PROMPT_LOGIT_ROWS = 256
-_NOT_FINITE = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +154,7 @@ class ModelRunner:
         token_ids, batch = self._batch(plan)
         launched = time.perf_counter()
         hidden = self.model.forward(token_ids, batch)
-        result = StepResult(step_id=plan.step_id, sampled=[-1] * len(plan.rows))
+        result = StepResult(step_id=plan.step_id, sampled=[NOT_SAMPLED] * len(plan.rows))
         self._sample(plan.rows, hidden, batch, result)
         forward_s = time.perf_counter() - launched
         self._score_prompts(plan.rows, hidden, batch, result)
@@ -213,7 +222,7 @@ class ModelRunner:
         chosen = tokens.tolist()
         for i, slot, token in zip(sampling, slots, chosen, strict=True):
             result.sampled[i] = token
-            if token == _NOT_FINITE:
+            if token == NOT_FINITE:
                 self._clean_pages(slot)
             else:
                 self._resident(slot).token_ids.append(token)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.noise import gumbel_noise, noise_key
-from engine.types import Logprobs, NewRequest, SamplingParams
+from engine.types import NOT_FINITE, Logprobs, NewRequest, SamplingParams
 
-NOT_FINITE = -2  # in place of a token: the row's logits hold a NaN or an infinity
 SMALL_TOP_K = 1024  # up to here, the best tokens are found without sorting the vocabulary
 MIN_TEMPERATURE = 1e-30  # below, float32 division would give 0/0
 CHUNK_ELEMENTS = 2**24  # of [rows, vocab] at a time, to bound the memory of the 64-bit temporaries

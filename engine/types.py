@@ -217,6 +217,11 @@ class Output:
     prompt_token_ids: list[int]
 
 
+# In place of a sampled token.
+NOT_SAMPLED = -1  # the row did not sample
+NOT_FINITE = -2  # the row's logits hold a NaN or an infinity
+
+
 # --- inside the engine: one StepPlan per step to every rank, one StepResult back from rank 0 -------------------
 
 
@@ -298,7 +303,7 @@ class LayerOverlap:
 class StepResult:
     """What rank 0 answers.
 
-    sampled: one entry per plan row, -1 where the row did not sample, -2 where its logits were not finite.
+    sampled: one entry per plan row: a token id, NOT_SAMPLED or NOT_FINITE.
     logprobs: row index -> the sampled token's.  prompt_logprobs: row index -> one entry per scheduled prompt
     position that predicts a known prompt token.
     computed, reused: per layer, how many selections were made / read since the last result.

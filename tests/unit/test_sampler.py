@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine import sampler as sampler_module
 from engine.noise import gumbel_noise, noise_key
-from engine.sampler import NOT_FINITE, SamplerState, _rank, logprobs_of
-from engine.types import NewRequest, SamplingParams
+from engine.sampler import SamplerState, _rank, logprobs_of
+from engine.types import NOT_FINITE, NewRequest, SamplingParams
 
 EOS = (5,)
 
