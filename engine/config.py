@@ -113,7 +113,9 @@ class EngineConfig:
     """Settings of one engine replica; `None` means: resolved at start-up, see EngineInfo. Raises ConfigError."""
 
     model: str = field(metadata={"help": "checkpoint directory: config.json, *.safetensors, tokenizer.json"})
-    backend: str = field(default="auto", metadata={"help": "kernels: torch, or auto: the best for this machine"})
+    backend: str = field(
+        default="auto", metadata={"help": "kernels: triton (GPU), torch (CPU) or auto"}
+    )
     dtype: str = field(default="auto", metadata={"help": "compute dtype: bfloat16, float32, or auto"})
     tensor_parallel_size: int = field(default=1, metadata={"help": "ranks of one replica"})
     max_model_len: int | None = field(
@@ -124,7 +126,16 @@ class EngineConfig:
     num_pages: int | None = field(
         default=None, metadata={"help": "KV pages of 128 tokens; default: what the memory allows"}
     )
-    memory_fraction: float = field(default=0.5, metadata={"help": "share of free memory that KV pages may take"})
+    memory_fraction: float | None = field(
+        default=None, metadata={"help": "share of free memory that KV pages may take; default: 0.85 on GPU, 0.5 on CPU"}
+    )
+    kv_cache_dtype: str = field(
+        default="auto", metadata={"help": "of stored keys and values: auto: the compute dtype; fp8: half the bytes"}
+    )
+    index_cache_dtype: str = field(
+        default="auto",
+        metadata={"help": "of stored index keys: auto, or fp8, which can change the selection where scores are close"},
+    )
     enable_prefix_caching: bool = field(default=True, metadata={"help": "reuse pages of equal prefixes"})
     load_format: str = field(default="auto", metadata={"help": "auto: read tensors; dummy: seeded random weights"})
     hf_overrides: dict[str, Any] = field(default_factory=dict, metadata={"help": "laid over config.json (JSON)"})
@@ -142,13 +153,19 @@ class EngineConfig:
     )
     audit_interval: int = field(default=64, metadata={"help": "audited: steps between shadow selections"})
     probe_interval: int = field(default=16, metadata={"help": "steps between per-layer timings; 0: never"})
+    enforce_eager: bool = field(default=False, metadata={"help": "GPU: run decode steps without captured graphs"})
+    async_scheduling: bool | None = field(
+        default=None, metadata={"help": "plan a step before the last one's tokens are known; default: on a GPU"}
+    )
     seed: int = field(default=0, metadata={"help": "of dummy weights"})
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads per rank; default: cores / ranks"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must be the path of a checkpoint directory, got {self.model!r}")
-        _choice("backend", self.backend, ("auto", "torch"))
+        _choice("backend", self.backend, ("auto", "torch", "triton"))
+        _choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
+        _choice("index_cache_dtype", self.index_cache_dtype, ("auto", "fp8"))
         _choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _choice("load_format", self.load_format, ("auto", "dummy"))
         _choice("index_reuse", self.index_reuse, ("lean", "audited"))
@@ -159,10 +176,15 @@ class EngineConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_INTEGER:
                 raise ConfigError(f"{name} must be an integer in [{low}, {MAX_INTEGER}], got {value!r}")
         fraction = self.memory_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        if fraction is not None and (
+            isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1
+        ):
             raise ConfigError(f"memory_fraction must be in (0, 1], got {fraction!r}")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ConfigError(f"enable_prefix_caching must be true or false, got {self.enable_prefix_caching!r}")
+        for name in ("enable_prefix_caching", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
+            raise ConfigError(f"async_scheduling must be true, false or unset, got {self.async_scheduling!r}")
         if not isinstance(self.hf_overrides, dict):
             raise ConfigError(f"hf_overrides must be an object, got {self.hf_overrides!r}")
         resolve_knobs([("settings", self.index_settings)])

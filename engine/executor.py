@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Protocol
 
 from engine.config import EngineConfig
@@ -15,9 +14,16 @@ from engine.types import EngineInfo, StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Runs StepPlans in order. Raises EngineDead when the group cannot go on; nothing can be submitted after that."""
+    """Runs StepPlans in order. Raises EngineDead when the group cannot go on; nothing can be submitted after that.
+
+    max_in_flight: how many steps may be submitted and not collected. From 2 on, rows may stand on a token that a
+    step in flight samples: the plan knows its position, only the executor its value. Such a row may also belong to
+    a request that has ended with that token, which the plan could not know: it runs like any other, on the
+    request's slot and pages as they were when it was planned, and its result is ignored.
+    """
 
     info: EngineInfo
+    max_in_flight: int
 
     def submit(self, plan: StepPlan) -> None:
         """Start a step; returns before it is done where the backend allows it."""
@@ -36,7 +42,7 @@ class InlineExecutor:
         self._runner: ModelRunner | None = ModelRunner(config, rank=0, world_size=1)
         proposal = self._runner.load()
         self.info = self._runner.allocate(proposal.num_pages)
-        self._results: deque[StepResult] = deque()
+        self.max_in_flight = self.info.max_in_flight
 
     @property
     def index_cache(self) -> IndexCache:
@@ -46,11 +52,11 @@ class InlineExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         assert self._runner is not None, "the executor is closed"
-        self._results.append(self._runner.execute(plan))
+        self._runner.launch(plan)
 
     def collect(self) -> StepResult:
-        return self._results.popleft()
+        assert self._runner is not None, "the executor is closed"
+        return self._runner.collect()
 
     def close(self) -> None:
         self._runner = None
-        self._results.clear()

@@ -103,6 +103,7 @@ class RayExecutor:
         self._group = placement_group
         try:
             self.info = self._start(config)
+            self.max_in_flight = self.info.max_in_flight
         except BaseException:
             self.close()
             raise

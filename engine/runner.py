@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batches import Resident, SlotTables
 from engine.config import PAGE_SIZE, EngineConfig, read_json, resolve_model
 from engine.errors import CheckpointError, ConfigError
+from engine.graphs import DecodeGraphs
 from engine.kernels.api import resolve
 from engine.kernels.batch import Segment, StepBatch
+from engine.kernels.torch_pages import FP8_DTYPES
 from engine.model.minimax_m3 import MiniMaxM3
 from engine.model.weights import CheckpointWeights, DummyWeights, WeightSource
+from engine.msa.audit import PendingOverlap
 from engine.parallel import TensorParallel
-from engine.probes import HostProbe
-from engine.sampler import SamplerState, logprobs_of
-from engine.types import (
-    NOT_FINITE,
-    NOT_SAMPLED,
-    EngineInfo,
-    Logprobs,
-    NewRequest,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    StepRow,
-)
+from engine.probes import LayerProbe, Mark, mark
+from engine.sampler import PendingLogprobs, SamplerState, pending_logprobs
+from engine.transfer import to_device, to_host
+from engine.types import NOT_FINITE, NOT_SAMPLED, EngineInfo, StepPlan, StepResult, StepRow
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float32}
 # Logits of prompt tokens are made for so many rows at a time: vocab_size floats each.
 _PROMPT_LOGIT_ROWS = 256
+# Share of the memory that is free once the weights are loaded, for pages. The rest is for activations and graphs, and
+# on CPU for the other processes of the machine.
+CPU_MEMORY_FRACTION = 0.5
+GPU_MEMORY_FRACTION = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +45,33 @@ class RankProposal:
 
 
 @dataclass(slots=True)
-class _Resident:
-    """What the rank keeps of a running request: all its tokens, and its pages in order."""
+class _Launched:
+    """A step that runs, and where its answer will be.
 
-    token_ids: list[int]
-    prompt_len: int
-    sampling: SamplingParams
-    page_ids: list[int]
+    sampling: the rows that sample.  residents: their requests.  tokens: int64 [len(sampling)] in host memory, to be
+    read after `done`.  logprobs: (indices into sampling, their log-probabilities).  prompt_logprobs: (row, actual
+    tokens, their log-probabilities).  launch_s: host time that launching took.
+    """
+
+    plan: StepPlan
+    sampling: list[int]
+    residents: list[Resident]
+    tokens: Tensor
+    logprobs: tuple[list[int], PendingLogprobs] | None
+    prompt_logprobs: list[tuple[int, list[int], PendingLogprobs]]
+    probe: LayerProbe | None
+    overlaps: list[PendingOverlap]
+    computed: dict[int, int]
+    reused: dict[int, int]
+    started: Mark
+    done: Mark
+    launch_s: float
 
 
 class ModelRunner:
-    """Runs the steps of one rank of `world_size`, in order.
+    """Runs the steps of one rank of `world_size`, in order: `launch` starts one, `collect` has the oldest's result.
+
+    On a GPU `launch` only queues work, and a second step may be launched before the first is collected.
 
     For a group, torch.distributed must be initialised before. Every rank computes the same tokens, since the logits
     are gathered and the noise depends on (seed, position) alone; rank 0's answers are used.
@@ -67,8 +82,9 @@ class ModelRunner:
         self.parallel = TensorParallel(rank, world_size)
         self.model_config, self._knobs = resolve_model(config)
         self.max_model_len = config.max_model_len or self.model_config.max_position_embeddings
-        self._residents: list[_Resident | None] = [None] * config.max_num_seqs
-        self._probe = HostProbe()
+        self._residents: list[Resident | None] = [None] * config.max_num_seqs
+        self._launched: deque[_Launched] = deque()
+        self._graphs: DecodeGraphs | None = None
 
     def load(self) -> RankProposal:
         """Read this rank's weights. Raises CheckpointError or ConfigError."""
@@ -76,25 +92,40 @@ class ModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         path = Path(config.model)
-        weights: WeightSource = DummyWeights(config.seed) if config.load_format == "dummy" else CheckpointWeights(path)
+        kernels = resolve(config.backend)
+        self.device = kernels.device
+        is_dummy = config.load_format == "dummy"
+        weights: WeightSource = DummyWeights(config.seed, self.device) if is_dummy else CheckpointWeights(path)
         with torch.inference_mode():
             self.model = MiniMaxM3(
                 self.model_config,
                 self._knobs,
                 weights,
-                resolve(config.backend),
+                kernels,
                 self.parallel,
                 dtype=self._dtype(),
                 max_model_len=self.max_model_len,
                 max_num_tokens=config.max_num_batched_tokens,
+                max_num_rows=config.max_num_seqs,
                 audited=config.index_reuse == "audited",
+                kv_dtype=kernels.fp8_dtype if config.kv_cache_dtype == "fp8" else None,
+                index_dtype=kernels.fp8_dtype if config.index_cache_dtype == "fp8" else None,
             )
         self._eos_token_ids = self._read_eos(path)
-        self._sampler = SamplerState(config.max_num_seqs, self.model_config.vocab_size)
+        self._sampler = SamplerState(config.max_num_seqs, self.model_config.vocab_size, self.device)
+        max_pages = -(-self.max_model_len // PAGE_SIZE)
+        self._tables = SlotTables(config.max_num_seqs, max_pages, self.device)
         # More pages than all sequences can fill are of no use but to the prefix cache: leave it as much again.
-        useful = 2 * config.max_num_seqs * -(-self.max_model_len // PAGE_SIZE)
-        budget_bytes = int(_available_bytes() * config.memory_fraction) // self.parallel.size
-        return RankProposal(min(useful, budget_bytes // self.model.page_bytes()))
+        useful = 2 * config.max_num_seqs * max_pages
+        return RankProposal(min(useful, self._budget_bytes() // self.model.page_bytes()))
+
+    def _budget_bytes(self) -> int:
+        """What the pages of this rank may take."""
+        fraction = self.config.memory_fraction
+        if self.device.type == "cpu":
+            return int(_available_bytes() * (fraction or CPU_MEMORY_FRACTION)) // self.parallel.size
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return int(free_bytes * (fraction or GPU_MEMORY_FRACTION))
 
     def _dtype(self) -> torch.dtype:
         if self.config.dtype != "auto":
@@ -103,6 +134,8 @@ class ModelRunner:
         if stored not in _DTYPES:
             raise CheckpointError(f"config.json: torch_dtype={stored!r} is not one of {', '.join(_DTYPES)}; set dtype")
         dtype = _DTYPES[stored]
+        if self.device.type != "cpu":
+            return dtype
         # Without bf16 instructions a CPU emulates them, slower than fp32.
         has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         return dtype if has_bf16 else torch.float32
@@ -120,13 +153,24 @@ class ModelRunner:
 
     def allocate(self, num_pages: int) -> EngineInfo:
         """Make the pages; after this, `execute` can run."""
-        num_pages = self.config.num_pages or num_pages
-        self.model.allocate_pages(num_pages)
+        config = self.config
+        num_pages = config.num_pages or num_pages
+        with torch.inference_mode():
+            self.model.allocate_pages(num_pages)
+            decode = self.model.kernels.decode
+            if self.device.type == "cuda":
+                warm_up_prefill(self.model, config.max_num_batched_tokens)
+                if decode is not None and not config.enforce_eager:
+                    self._graphs = DecodeGraphs(self.model, decode, self._tables, self.max_model_len)
+        is_async = self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         plan, dtype = str(self.model.plan), str(self.model.dtype).removeprefix("torch.")
         # Pages computed under another plan hold other keys and values: they must not be found.
-        fingerprint = (self.config.model, plan, dtype, self.config.index_reuse, self.config.hf_overrides)
+        fingerprint = (
+            config.model, plan, dtype, str(self.model.kv_dtype), str(self.model.index_dtype), config.index_reuse,
+            config.hf_overrides,
+        )  # fmt: skip
         return EngineInfo(
-            model_name=Path(self.config.model).name,
+            model_name=Path(config.model).name,
             plan=plan,
             backend=self.model.kernels.name,
             dtype=dtype,
@@ -140,113 +184,157 @@ class ModelRunner:
             weight_bytes=self.model.weight_bytes,
             tensor_parallel_size=self.parallel.size,
             ledger=self.model.ledger,
+            max_in_flight=2 if is_async else 1,
         )
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step; the same plan on every rank."""
-        started = time.perf_counter()
+    def launch(self, plan: StepPlan) -> None:
+        """Start one step; the same plan on every rank."""
+        entered_s = time.perf_counter()
         for slot in plan.released:
             self._residents[slot] = None
             self._sampler.remove(slot)
         for new in plan.new:
-            self._add(new)
-        token_ids, batch = self._batch(plan)
-        launched = time.perf_counter()
-        hidden = self.model.forward(token_ids, batch)
+            assert self._residents[new.slot] is None, f"slot {new.slot} is taken"
+            self._residents[new.slot] = Resident(list(new.token_ids), new.prompt_len, new.sampling, [])
+            self._sampler.add(new, self._eos_token_ids)
+        self._tables.update(plan, self._residents)
+        captured = self._graphs is not None and plan.num_decode_rows == len(plan.rows)
+        launched = self._eager(plan) if plan.probe or plan.audit or not captured else self._replay(plan)
+        launched.launch_s = time.perf_counter() - entered_s
+        self._launched.append(launched)
+
+    def ready(self) -> bool:
+        """Whether the oldest launched step is done, so that `collect` would not wait."""
+        return bool(self._launched) and self._launched[0].done.reached()
+
+    @torch.inference_mode()
+    def collect(self) -> StepResult:
+        """The result of the oldest launched step; waits for it."""
+        launched = self._launched.popleft()
+        launched.done.wait()
+        entered_s = time.perf_counter()
+        plan = launched.plan
         result = StepResult(step_id=plan.step_id, sampled=[NOT_SAMPLED] * len(plan.rows))
-        self._sample(plan.rows, hidden, batch, result)
-        forward_s = time.perf_counter() - launched
-        self._score_prompts(plan.rows, hidden, batch, result)
-        result.seconds = self._probe.take()
-        result.overlaps = self.model.audit.take()
-        result.computed, result.reused = self.model.index_cache.take_counts()
-        result.forward_s = forward_s
-        result.python_s = time.perf_counter() - started - forward_s
+        chosen: list[int] = launched.tokens.tolist()
+        for i, token, resident in zip(launched.sampling, chosen, launched.residents, strict=True):
+            result.sampled[i] = token
+            if token == NOT_FINITE:
+                self._clean_pages(resident)
+        if launched.logprobs is not None:
+            wanted, pending = launched.logprobs
+            found = pending.read([chosen[k] for k in wanted])
+            result.logprobs = {launched.sampling[k]: entry for k, entry in zip(wanted, found, strict=True)}
+        for row, targets, pending in launched.prompt_logprobs:
+            result.prompt_logprobs.setdefault(row, []).extend(pending.read(targets))
+        if launched.probe is not None:
+            result.seconds = launched.probe.read()
+        result.overlaps = [overlap for each in launched.overlaps if (overlap := each.resolve()) is not None]
+        result.computed, result.reused = launched.computed, launched.reused
+        result.forward_s = launched.done.seconds_since(launched.started)
+        in_launch_s = result.forward_s if self.device.type == "cpu" else 0.0
+        result.python_s = launched.launch_s - in_launch_s + time.perf_counter() - entered_s
         return result
 
-    def _add(self, new: NewRequest) -> None:
-        assert self._residents[new.slot] is None, f"slot {new.slot} is taken"
-        self._residents[new.slot] = _Resident(list(new.token_ids), new.prompt_len, new.sampling, [])
-        self._sampler.add(new, self._eos_token_ids)
+    def _replay(self, plan: StepPlan) -> _Launched:
+        """A step of decode rows alone, as a captured graph."""
+        assert self._graphs is not None
+        slots = [row.slot for row in plan.rows]
+        positions = [row.num_computed_tokens for row in plan.rows]
+        sampled_at = [position + 1 for position in positions]
+        draws = self._sampler.free_draws(slots, sampled_at)
+        started = mark(self.device)
+        temperatures, keys = draws or ([0.0] * len(slots), [0] * len(slots))
+        logits, computed, reused = self._graphs.replay(slots, positions, temperatures, keys)
+        tokens = self._graphs.tokens[: len(slots)]
+        if draws is None:
+            tokens = self._sample(logits, slots, sampled_at)
+        return self._answer(plan, range(len(slots)), tokens, logits, [], None, (computed, reused), started)
 
-    def _resident(self, slot: int) -> _Resident:
+    def _eager(self, plan: StepPlan) -> _Launched:
+        """A step of any rows, operation by operation."""
+        probe = LayerProbe(self.device) if plan.probe else None
+        token_ids, batch, slots = self._tables.batch(plan, self._residents, probe)
+        started = mark(self.device)
+        hidden = self.model.forward(token_ids, batch)
+        counts = self.model.index_cache.take_counts()
+        sampling = [i for i, row in enumerate(plan.rows) if row.sample]
+        tokens = logits = hidden.new_empty(0)
+        if sampling:
+            last = to_device([batch.query_starts[i + 1] - 1 for i in sampling], torch.int64, self.device)
+            logits = self.model.logits(hidden.index_select(0, last))
+            tokens = self._sample(logits, [slots[i] for i in sampling], [batch.seq_lens_host[i] for i in sampling])
+        scores = self._score_prompts(plan.rows, hidden, batch)
+        return self._answer(plan, sampling, tokens, logits, scores, probe, counts, started)
+
+    def _sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
+        """int64 [len(slots)], the next tokens, which the device keeps for the step after this one."""
+        tokens = self._sampler.sample(logits.float(), slots, positions)
+        self._sampler.append(slots, tokens)
+        where = to_device(slots, torch.int64, self.device)
+        # A row that is not finite ends; what may still run of it must not index past the vocabulary.
+        self._tables.last_tokens.index_copy_(0, where, tokens.clamp(min=0))
+        return tokens
+
+    def _answer(
+        self,
+        plan: StepPlan,
+        sampling: Sequence[int],
+        tokens: Tensor,
+        logits: Tensor,
+        prompt_logprobs: list[tuple[int, list[int], PendingLogprobs]],
+        probe: LayerProbe | None,
+        counts: tuple[dict[int, int], dict[int, int]],
+        started: Mark,
+    ) -> _Launched:
+        """Start the answer's way to the host."""
+        residents = [self._resident(plan.rows[i].slot) for i in sampling]
+        wanted = [k for k, resident in enumerate(residents) if resident.sampling.logprobs is not None]
+        logprobs = None
+        if wanted:
+            picked = to_device(wanted, torch.int64, self.device)
+            widths = [residents[k].sampling.logprobs or 0 for k in wanted]
+            rows = logits.index_select(0, picked).float()
+            logprobs = wanted, pending_logprobs(rows, tokens.index_select(0, picked), widths)
+        return _Launched(
+            plan=plan,
+            sampling=list(sampling),
+            residents=residents,
+            tokens=to_host(tokens),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            probe=probe,
+            overlaps=self.model.audit.take(),
+            computed=counts[0],
+            reused=counts[1],
+            started=started,
+            done=mark(self.device),
+            launch_s=0.0,
+        )
+
+    def _resident(self, slot: int) -> Resident:
         resident = self._residents[slot]
         assert resident is not None, f"slot {slot} is empty"
         return resident
 
-    def _batch(self, plan: StepPlan) -> tuple[Tensor, StepBatch]:
-        """(token ids int64 [num_tokens], the step's tensors)."""
-        rows = plan.rows
-        token_ids: list[int] = []
-        for row in rows:
-            resident = self._resident(row.slot)
-            resident.page_ids += row.new_page_ids
-            start = row.num_computed_tokens
-            token_ids += resident.token_ids[start : start + row.num_scheduled_tokens]
-        counts = np.array([row.num_scheduled_tokens for row in rows])
-        computed = np.array([row.num_computed_tokens for row in rows])
-        starts = [0, *accumulate(row.num_scheduled_tokens for row in rows)]
-        assert len(token_ids) == starts[-1], "the plan schedules tokens that this rank does not know"
-        row_ids = np.repeat(np.arange(len(rows)), counts)
-        positions = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]) - computed, counts)
-        seq_lens = computed + counts
-        table = np.zeros((len(rows), int(-(-seq_lens.max() // PAGE_SIZE))), dtype=np.int32)
-        for i, row in enumerate(rows):
-            page_ids = self._resident(row.slot).page_ids[: table.shape[1]]
-            table[i, : len(page_ids)] = page_ids
-        slots = table[row_ids, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
-        batch = StepBatch(
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(slots),
-            row_ids=torch.from_numpy(row_ids),
-            block_table=torch.from_numpy(table),
-            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
-            query_starts=starts,
-            seq_lens_host=seq_lens.tolist(),
-            segments=_segments(plan, starts),
-            probe=self._probe if plan.probe else None,
-            audit=plan.audit,
-        )
-        return torch.tensor(token_ids), batch
-
-    def _sample(self, rows: list[StepRow], hidden: Tensor, batch: StepBatch, result: StepResult) -> None:
-        sampling = [i for i, row in enumerate(rows) if row.sample]
-        if not sampling:
-            return
-        last = torch.tensor([batch.query_starts[i + 1] - 1 for i in sampling])
-        logits = self.model.logits(hidden.index_select(0, last))
-        slots = [rows[i].slot for i in sampling]
-        tokens = self._sampler.sample(logits, slots, [batch.seq_lens_host[i] for i in sampling])
-        self._sampler.append(slots, tokens)
-        chosen = tokens.tolist()
-        for i, slot, token in zip(sampling, slots, chosen, strict=True):
-            result.sampled[i] = token
-            if token == NOT_FINITE:
-                self._clean_pages(slot)
-            else:
-                self._resident(slot).token_ids.append(token)
-        wanted = [
-            (k, i, n)
-            for k, i in enumerate(sampling)
-            if (n := self._resident(rows[i].slot).sampling.logprobs) is not None
-        ]
-        if wanted:
-            picked = logits[[k for k, _, _ in wanted]]
-            found = logprobs_of(picked, [chosen[k] for k, _, _ in wanted], [n for _, _, n in wanted])
-            result.logprobs = {i: entry for (_, i, _), entry in zip(wanted, found, strict=True)}
-
-    def _clean_pages(self, slot: int) -> None:
+    def _clean_pages(self, resident: Resident) -> None:
         """A page goes back to the pool with what was written to it. Masked keys have weight 0, and 0 * NaN is NaN:
         whoever gets the page next must find finite numbers."""
-        page_ids = torch.tensor(self._resident(slot).page_ids)
+        page_ids = to_device(resident.page_ids, torch.int64, self.device)
         for pages in self.model.pages:
-            for pool in (pages.k, pages.v, pages.index_k):
-                if pool is not None:
+            for pool in (pages.k, pages.v, pages.index_k, pages.k_scale, pages.v_scale, pages.index_k_scale):
+                if pool is None:
+                    continue
+                if pool.dtype in FP8_DTYPES:
+                    pool.view(torch.uint8)[page_ids] = 0
+                else:
                     pool[page_ids] = torch.nan_to_num(pool[page_ids])
 
-    def _score_prompts(self, rows: list[StepRow], hidden: Tensor, batch: StepBatch, result: StepResult) -> None:
-        """Log-probabilities of the known prompt tokens that this step's positions predict."""
+    def _score_prompts(
+        self, rows: list[StepRow], hidden: Tensor, batch: StepBatch
+    ) -> list[tuple[int, list[int], PendingLogprobs]]:
+        """Log-probabilities of the known prompt tokens that this step's positions predict: (row, tokens, values)."""
+        found = []
         for i, row in enumerate(rows):
             resident = self._resident(row.slot)
             num_top = resident.sampling.prompt_logprobs
@@ -255,13 +343,32 @@ class ModelRunner:
                 continue
             first = row.num_computed_tokens + 1
             targets = resident.token_ids[first : first + count]
-            found: list[Logprobs] = []
             for start in range(0, count, _PROMPT_LOGIT_ROWS):
-                end = min(start + _PROMPT_LOGIT_ROWS, count)
-                offset = batch.query_starts[i]
-                logits = self.model.logits(hidden[offset + start : offset + end])
-                found += logprobs_of(logits, targets[start:end], num_top)
-            result.prompt_logprobs[i] = found
+                chunk = targets[start : start + _PROMPT_LOGIT_ROWS]
+                offset = batch.query_starts[i] + start
+                logits = self.model.logits(hidden[offset : offset + len(chunk)]).float()
+                tokens = to_device(chunk, torch.int64, self.device)
+                found.append((i, chunk, pending_logprobs(logits, tokens, [num_top] * len(chunk))))
+        return found
+
+
+def warm_up_prefill(model: MiniMaxM3, num_tokens: int) -> None:
+    """Run one prompt that writes no keys, so that the kernels are compiled before the first request comes."""
+    device = model.kernels.device
+    positions = torch.arange(num_tokens, device=device)
+    batch = StepBatch(
+        positions=positions,
+        slot_mapping=torch.full_like(positions, -1),
+        row_ids=torch.zeros_like(positions),
+        block_table=torch.zeros(1, -(-num_tokens // PAGE_SIZE), dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        query_starts=[0, num_tokens],
+        seq_lens_host=[num_tokens],
+        segments=(Segment("prefill", 0, 1, 0, num_tokens),),
+    )
+    model.logits(model.forward(torch.zeros_like(positions), batch)[-1:])
+    model.index_cache.take_counts()
 
 
 def _available_bytes() -> int:
@@ -270,12 +377,3 @@ def _available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise ConfigError("/proc/meminfo has no MemAvailable: set num_pages")
-
-
-def _segments(plan: StepPlan, starts: list[int]) -> tuple[Segment, ...]:
-    split, end = plan.num_decode_rows, len(plan.rows)
-    segments = (
-        Segment("decode", 0, split, 0, starts[split]),
-        Segment("prefill", split, end, starts[split], starts[end]),
-    )
-    return tuple(segment for segment in segments if segment.num_rows)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.noise import gumbel_noise, noise_key
+from engine.transfer import to_device, to_host
 from engine.types import NOT_FINITE, Logprobs, NewRequest, SamplingParams
 
 SMALL_TOP_K = 1024  # up to here, the best tokens are found without sorting the vocabulary
@@ -148,6 +149,21 @@ class SamplerState:
             tokens.index_copy_(0, batch.edited, self._sample_edited(logits, slots, positions, batch))
         return torch.where(finite, tokens, NOT_FINITE)
 
+    def free_draws(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[list[float], list[int]] | None:
+        """(temperature, noise key) per row when nothing else shapes any row's choice, else None. Temperature 0 is
+        greedy."""
+        temperatures, keys = [], []
+        for slot, position in zip(slots, positions, strict=True):
+            state = self._at(slot)
+            params = state.sampling
+            masked = bool(state.stop_ids) and position - state.prompt_len < params.min_tokens
+            truncated = params.top_p < 1.0 or 0 < params.top_k < self.vocab_size or params.min_p > 0.0
+            if masked or params.has_penalties or params.logit_bias or (truncated and not params.is_greedy):
+                return None
+            temperatures.append(0.0 if params.is_greedy else max(params.temperature, MIN_TEMPERATURE))
+            keys.append(0 if params.is_greedy else noise_key(params.seed or 0, position))
+        return temperatures, keys
+
     def _sample_edited(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], batch: _Batch) -> Tensor:
         assert batch.edited is not None
         work = logits.index_select(0, batch.edited)
@@ -161,7 +177,7 @@ class SamplerState:
             tokens.index_copy_(0, batch.greedy, work.index_select(0, batch.greedy).argmax(1))
         for draw in batch.draws:
             keys = [noise_key(self._at(slots[i]).sampling.seed or 0, positions[i]) for i in draw.members]
-            picked = self._draw(work, draw, torch.tensor(keys, device=self.device).unsqueeze(1))
+            picked = self._draw(work, draw, self._index(keys).unsqueeze(1))
             tokens.index_copy_(0, draw.rows, picked)
         return tokens
 
@@ -197,10 +213,10 @@ class SamplerState:
         return state
 
     def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(values, torch.int64, self.device)
 
     def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device).unsqueeze(1)
+        return to_device(values, dtype, self.device).unsqueeze(1)
 
     def _count(self, new: NewRequest) -> int:
         if not self._free_rows:
@@ -213,7 +229,9 @@ class SamplerState:
         tokens = self._index(new.token_ids)
         self._in_prompt[row] = False
         self._in_prompt[row, tokens[: new.prompt_len]] = True
-        self._counts[row] = torch.bincount(tokens[new.prompt_len :], minlength=self.vocab_size)
+        output = tokens[new.prompt_len :]
+        self._counts[row] = 0
+        self._counts[row].scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return row
 
     def _prepare(self, slots: Sequence[int], positions: Sequence[int]) -> _Batch:
@@ -252,7 +270,7 @@ class SamplerState:
             masked_cells=(self._index([row for row, _ in stops]), self._index([token for _, token in stops])),
             penalised=self._index([row for row, _ in penalised]) if penalised else None,
             pool_rows=self._index(pool_rows),
-            penalties=torch.tensor(strengths, device=self.device).reshape(-1, 3).T.unsqueeze(2),
+            penalties=to_device(strengths, torch.float32, self.device).reshape(-1, 3).T.unsqueeze(2),
             greedy=self._index(greedy) if greedy else None,
             draws=self._draws([member for member in rows if not member[2].is_greedy]),
         )
@@ -299,6 +317,8 @@ def _keep(x: Tensor, width: int | None, top_k: Tensor | None, top_p: Tensor | No
     the mass that top_k left; equal values rank by lower id.
     """
     vocab = x.shape[1]
+    if width is None and x.device.type != "cpu":
+        width = vocab  # to look whether fewer are enough would wait for the device
     num_best = min(SMALL_TOP_K, vocab) if width is None else width
     best, token_ids = _rank(x, num_best)
     if top_k is not None:
@@ -316,31 +336,48 @@ def _keep(x: Tensor, width: int | None, top_k: Tensor | None, top_p: Tensor | No
     return best.masked_fill(cut, -math.inf), token_ids
 
 
-def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int | Sequence[int]) -> list[Logprobs]:
-    """Log-probabilities of each row: its actual token first, then the `num_top` best by rank.
+@dataclass(frozen=True, slots=True)
+class PendingLogprobs:
+    """Log-probabilities on their way to the host: of each row's own token, and of its best ones by rank.
 
-    logits: float32 [num_rows, vocab], untouched by sampling.  token_ids: the actual token of each row; a
-    negative one (the row's logits are not finite) gives an empty entry.  Equal logits rank by lower id.
+    own: float32 [num_rows].  best: float32 [num_rows, width], best_ids: int64 [num_rows, width].
+    counts: how many of the best each row wants.
     """
-    num_rows, vocab = logits.shape
-    wanted = [num_top] * num_rows if isinstance(num_top, int) else list(num_top)
+
+    own: Tensor
+    best: Tensor
+    best_ids: Tensor
+    counts: list[int]
+
+    def read(self, token_ids: Sequence[int]) -> list[Logprobs]:
+        """One entry per row, its own token first; call it once the device is done.
+
+        token_ids: each row's own; a negative one (the row's logits are not finite) gives an empty entry.
+        """
+        rows = zip(token_ids, self.own.tolist(), self.counts, self.best.tolist(), self.best_ids.tolist(), strict=True)
+        return [
+            {} if token < 0 else {token: own} | dict(zip(ids[:count], values[:count], strict=True))
+            for token, own, count, values, ids in rows
+        ]
+
+
+def pending_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> PendingLogprobs:
+    """Log-probabilities of each row: of its actual token, and of its best by rank; equal logits rank by lower id.
+
+    logits: float32 [num_rows, vocab], untouched by sampling.  tokens: int64 [num_rows] on the same device, the actual
+    tokens.  counts: how many of the best each row wants.
+    """
+    vocab = logits.shape[1]
     step = max(1, CHUNK_ELEMENTS // vocab)
-    result: list[Logprobs] = []
-    for start in range(0, num_rows, step):
-        actual = list(token_ids[start : start + step])
-        counts = wanted[start : start + step]
+    width = min(max(counts), vocab)
+    own, best, best_ids = [], [], []
+    for start in range(0, len(logits), step):
         chunk = logits[start : start + step]
         logprobs = chunk.log_softmax(1)
-        picked = torch.tensor(actual, dtype=torch.int64, device=logits.device).clamp(min=0).unsqueeze(1)
-        own = logprobs.gather(1, picked).squeeze(1).tolist()
-        width = min(max(counts), vocab)
-        best_ids = _rank(chunk, width)[1] if width else picked[:, :0]
-        best = logprobs.gather(1, best_ids).tolist()
-        rows = zip(actual, own, counts, best, best_ids.tolist(), strict=True)
-        for token, own_value, count, values, ids in rows:
-            if token < 0:
-                result.append({})
-                continue
-            top = dict(zip(ids[:count], values[:count], strict=True))
-            result.append({token: own_value} | top)
-    return result
+        picked = tokens[start : start + step].clamp(min=0).unsqueeze(1)
+        own.append(logprobs.gather(1, picked).squeeze(1))
+        best_ids.append(_rank(chunk, width)[1] if width else picked[:, :0])
+        best.append(logprobs.gather(1, best_ids[-1]))
+    return PendingLogprobs(
+        to_host(torch.cat(own)), to_host(torch.cat(best)), to_host(torch.cat(best_ids)), list(counts)
+    )

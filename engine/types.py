@@ -328,6 +328,7 @@ class EngineInfo:
     plan: one letter per layer.  page_bytes: of one page over all layers on one rank.
     eos_token_ids: from generation_config.json / config.json.
     namespace: what cached pages are valid for; part of every prefix hash.
+    max_in_flight: steps that may be submitted before the first of them is collected.
     """
 
     model_name: str
@@ -344,3 +345,4 @@ class EngineInfo:
     weight_bytes: int
     tensor_parallel_size: int
     ledger: dict[str, int]
+    max_in_flight: int = 1

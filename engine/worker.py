@@ -8,6 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,8 @@ from engine.types import EngineInfo, StepPlan
 LOOPBACK = "127.0.0.1"
 # A collective may wait this long at least: ranks of a loaded machine do not start it together.
 MIN_COLLECTIVE_TIMEOUT_S = 30.0
+# How soon a rank with a step on its device looks whether it is done, or another one has come.
+READY_POLL_S = 5e-5
 
 
 class Worker:
@@ -97,10 +103,27 @@ class Worker:
         Raises when a step fails or belongs to another group: the executor sees the actor's call end.
         """
         assert self._runner is not None and self._plans is not None, "listen and load come first"
+        runner, plans = self._runner, self._plans
         replies = connect_push(self._context, reply_endpoint)
         gate = Gate(f"rank {self._rank}", token, {Kind.STEP: StepPlan, Kind.HELLO: int})
+        running: deque[int] = deque()  # steps that were launched and not answered
+
+        def answer() -> None:
+            """Collect the oldest step; rank 0 tells it."""
+            with self._told(replies, token, epoch, running[0]):
+                result = runner.collect()
+            running.popleft()
+            if self._rank == 0:
+                replies.send_multipart(pack(token, Header(Kind.RESULT, epoch, result.step_id), encode(result)))
+
         while True:
-            message = gate.admit(self._plans.recv_multipart())
+            # A step that comes while another runs is launched at once: the device must not wait for the host.
+            while running and not plans.poll(0):
+                if runner.ready():
+                    answer()
+                else:
+                    time.sleep(READY_POLL_S)
+            message = gate.admit(plans.recv_multipart())
             if message is None:
                 continue
             header, body = message
@@ -110,12 +133,17 @@ class Worker:
                 replies.send_multipart(pack(token, Header(Kind.HELLO, epoch, 0), encode(self._rank)))
                 continue
             plan: StepPlan = body
-            try:
-                result = self._runner.execute(plan)
-            except Exception as error:
-                failure = f"rank {self._rank}, step {plan.step_id}: {type(error).__name__}: {error}"
-                replies.setsockopt(zmq.LINGER, 1000)
-                replies.send_multipart(pack(token, Header(Kind.FAILURE, epoch, plan.step_id), encode(failure)))
-                raise
-            if self._rank == 0:
-                replies.send_multipart(pack(token, Header(Kind.RESULT, epoch, plan.step_id), encode(result)))
+            with self._told(replies, token, epoch, plan.step_id):
+                runner.launch(plan)
+            running.append(plan.step_id)
+
+    @contextmanager
+    def _told(self, replies: zmq.Socket[Any], token: bytes, epoch: int, step_id: int) -> Iterator[None]:
+        """The executor hears why a step failed before this process goes."""
+        try:
+            yield
+        except Exception as error:
+            failure = f"rank {self._rank}, step {step_id}: {type(error).__name__}: {error}"
+            replies.setsockopt(zmq.LINGER, 1000)
+            replies.send_multipart(pack(token, Header(Kind.FAILURE, epoch, step_id), encode(failure)))
+            raise

@@ -15,6 +15,10 @@ import torch
 
 from tests.checkpoints import make_checkpoint
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if TYPE_CHECKING:
     from tests.cluster import Cluster
 

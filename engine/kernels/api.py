@@ -6,43 +6,77 @@ handed where a buffer must keep its address, and return new tensors otherwise.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kernels import torch_attention, torch_index, torch_linear, torch_norm
-from engine.kernels.params import KVPages, QKVLayout, SelectParams, SwigluParams
+from engine.kernels.params import KVPages, QKVLayout, RouteParams, Selection, SelectParams, SwigluParams
 
-__all__ = ["KVPages", "KernelSet", "QKVLayout", "SelectParams", "SwigluParams", "resolve"]
+__all__ = [
+    "DecodeKernels",
+    "KVPages",
+    "KernelSet",
+    "QKVLayout",
+    "RouteParams",
+    "SelectParams",
+    "Selection",
+    "SwigluParams",
+    "resolve",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeKernels:
+    """What a captured decode step runs besides the model: from slots to a batch, and from logits to tokens."""
+
+    prepare: Callable[..., None]
+    sample: Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """What a backend computes. The docstrings of the torch functions, the oracle, have shapes and rules."""
+    """What a backend computes. The docstrings of the torch functions, the oracle, have shapes and rules.
+
+    device: where all tensors live.  fp8_dtype: of fp8 pages.  group_tokens: how many neighbouring prefill tokens
+    attend together through Selection.unions; 0 where the backend has no use for them.  decode: None where steps
+    cannot be captured.
+    """
 
     name: str
+    device: torch.device
+    fp8_dtype: torch.dtype
+    group_tokens: Callable[[int], int]
     pack_linear: Callable[[Tensor], Any]
     linear: Callable[[Tensor, Any], Tensor]
     pack_experts: Callable[[Tensor, Tensor], Any]
     experts: Callable[[Tensor, Any, Tensor, Tensor, SwigluParams], Tensor]
     swiglu: Callable[[Tensor, SwigluParams], Tensor]
-    route: Callable[[Tensor, Any, Tensor, int, float], tuple[Tensor, Tensor]]
+    route: Callable[[Tensor, Any, Tensor, RouteParams], tuple[Tensor, Tensor]]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     qk_norm_rope_insert: Callable[..., tuple[Tensor, Tensor | None]]
     select_blocks: Callable[..., None]
     attend_dense: Callable[..., None]
     attend_sparse: Callable[..., None]
+    decode: DecodeKernels | None = None
 
 
 def resolve(backend: str) -> KernelSet:
     """The KernelSet of `backend`; "auto" takes the best one this machine can run. Raises ConfigError."""
-    if backend in ("auto", "torch"):
+    if backend == "auto":
+        backend = "triton" if torch.cuda.is_available() else "torch"
+    if backend == "torch":
         return KernelSet(
             name="torch",
+            device=torch.device("cpu"),
+            fp8_dtype=torch.float8_e4m3fn,
+            group_tokens=lambda heads_per_group: 0,
             pack_linear=torch_linear.pack_linear,
             linear=torch_linear.linear,
             pack_experts=torch_linear.pack_experts,
@@ -56,4 +90,8 @@ def resolve(backend: str) -> KernelSet:
             attend_dense=torch_attention.attend_dense,
             attend_sparse=torch_attention.attend_sparse,
         )
-    raise ConfigError(f"backend must be auto or torch, got {backend!r}")
+    if backend == "triton":
+        # By name: importing Triton takes a second that machines without a GPU need not spend.
+        kernels: KernelSet = importlib.import_module("engine.kernels.triton_set").resolve()
+        return kernels
+    raise ConfigError(f"backend must be auto, torch or triton, got {backend!r}")

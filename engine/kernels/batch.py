@@ -52,11 +52,14 @@ class Segment:
 class StepBatch:
     """The rows of one step, decode rows first.
 
-    positions: int64 [num_tokens], absolute.  slot_mapping: int64 [num_tokens], page_id * 128 + offset.
+    positions: int64 [num_tokens], absolute.  slot_mapping: int64 [num_tokens], page_id * 128 + offset; -1:
+    the token's keys are written nowhere (padding of a captured batch).
     row_ids: int64 [num_tokens], the row of each token.
     block_table: int32 [num_rows, max_pages], logical block -> page id, 0 beyond the row's pages.
     seq_lens: int32 [num_rows], keys visible to the row's last token.
-    query_starts, seq_lens_host: the prefix sums of the rows' token counts ([num_rows + 1]) and seq_lens, as lists.
+    query_start_loc: int32 [num_rows + 1], prefix sums of the rows' token counts.
+    query_starts, seq_lens_host: query_start_loc and seq_lens as lists. In a captured graph, where the tensors change
+    between replays, seq_lens_host holds upper bounds.
     audit: reuse layers also select afresh, in shadow.
     """
 
@@ -65,6 +68,7 @@ class StepBatch:
     row_ids: Tensor
     block_table: Tensor
     seq_lens: Tensor
+    query_start_loc: Tensor
     query_starts: list[int]
     seq_lens_host: list[int]
     segments: tuple[Segment, ...]
@@ -74,3 +78,12 @@ class StepBatch:
     @property
     def num_tokens(self) -> int:
         return self.query_starts[-1]
+
+    def max_query_len(self, segment: Segment) -> int:
+        """Tokens of the longest row of `segment`."""
+        starts = self.query_starts[segment.row_start : segment.row_end + 1]
+        return max(end - start for start, end in zip(starts, starts[1:], strict=False))
+
+    def max_seq_len(self, segment: Segment) -> int:
+        """Most keys that a token of `segment` can see."""
+        return max(self.seq_lens_host[segment.rows])

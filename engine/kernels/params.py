@@ -11,13 +11,54 @@ from torch import Tensor
 class KVPages:
     """One layer's pages on this rank.
 
-    k, v: [num_pages, num_kv_heads, 128, head_dim] of the compute dtype.
-    index_k: [num_pages, 128, index_dim], or None where the layer owns no indexer.
+    k, v: [num_pages, num_kv_heads, 128, head_dim] of the compute dtype, or of an fp8 dtype.
+    index_k: [num_pages, 128, index_dim], likewise, or None where the layer owns no indexer.
+    k_scale, v_scale: float32 [num_pages, num_kv_heads, 128], what a stored fp8 vector is multiplied by; None unless
+    k and v are fp8.  index_k_scale: float32 [num_pages, 128], likewise.
     """
 
     k: Tensor
     v: Tensor
     index_k: Tensor | None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    index_k_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockUnions:
+    """Which key blocks the tokens of a small group select together: a prefill kernel loads each of them once.
+
+    A group is `group_tokens` consecutive tokens of one prefill row; group i of the row that starts at token s and is
+    row r of the step has index s // group_tokens + r + i, so that groups of different rows never collide.
+
+    entries: int32 [num_index_heads, max_groups, group_tokens * topk_blocks], ascending by block id; the low 24 bits
+    are the logical block id, bit 24 + t says that token t of the group selected it.
+    num_entries: int32 [num_index_heads, max_groups], how many are valid.
+    """
+
+    group_tokens: int
+    entries: Tensor
+    num_entries: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which key blocks each token attends to.
+
+    blocks: int32 [num_index_heads, num_tokens, topk_blocks], logical block ids, ascending, -1 to the right.
+    num_blocks: int32 [num_tokens], the valid ones: all index heads have equally many.
+    unions: of the step's prefill tokens, where the backend attends by groups; made once by the layer that selects,
+    read by all that reuse.
+    """
+
+    blocks: Tensor
+    num_blocks: Tensor
+    unions: BlockUnions | None = None
+
+    def first(self, num_tokens: int) -> Selection:
+        """Views of the first `num_tokens` tokens."""
+        return Selection(self.blocks[:, :num_tokens], self.num_blocks[:num_tokens], self.unions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +101,18 @@ class SwigluParams:
     alpha: float
     limit: float
     beta: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouteParams:
+    """Each token takes its top_k experts, with weights that sum to `scale`; where `shared`, the expert behind the
+    routed ones too, with weight 1 and the last rank."""
+
+    top_k: int
+    scale: float
+    shared: bool
+
+    @property
+    def width(self) -> int:
+        """Experts per token."""
+        return self.top_k + self.shared

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.batch import Segment, StepBatch
-from engine.kernels.params import KVPages
+from engine.kernels.params import KVPages, Selection
+from engine.kernels.torch_pages import take_rows
 
 # Scores of one pass over (token, block) pairs, fp32: small enough to stay in the cache between its matrix products.
 _PAIR_BYTES = 16 * 2**20
@@ -24,12 +25,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     return out[0], lse[0]
 
 
-def _gather_row(pages: Tensor, table: Tensor, num_keys: int) -> Tensor:
-    """[num_kv_heads, num_keys, head_dim], contiguous, from the row's pages."""
-    _, num_heads, page_size, dim = pages.shape
+def _gather_row(pool: Tensor, pool_scale: Tensor | None, table: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """[num_kv_heads, num_keys, head_dim] of `dtype`, contiguous, from the row's pages."""
+    _, num_heads, page_size, dim = pool.shape
     page_ids = table[: -(-num_keys // page_size)].long()
     rows = (page_ids * num_heads + torch.arange(num_heads)[:, None]).view(-1)
-    return pages.view(-1, page_size * dim).index_select(0, rows).view(num_heads, -1, dim)[:, :num_keys]
+    return take_rows(pool, pool_scale, rows).to(dtype).view(num_heads, -1, dim)[:, :num_keys]
 
 
 def attend_dense(q: Tensor, pages: KVPages, batch: StepBatch, segment: Segment, scale: float, out: Tensor) -> None:
@@ -42,7 +43,8 @@ def attend_dense(q: Tensor, pages: KVPages, batch: StepBatch, segment: Segment, 
         start, end = batch.query_starts[row], batch.query_starts[row + 1]
         num_queries, seq_len = end - start, batch.seq_lens_host[row]
         table = batch.block_table[row]
-        k, v = _gather_row(pages.k, table, seq_len), _gather_row(pages.v, table, seq_len)
+        k = _gather_row(pages.k, pages.k_scale, table, seq_len, q.dtype)
+        v = _gather_row(pages.v, pages.v_scale, table, seq_len, q.dtype)
         # [num_kv_heads, group * queries, head_dim]: query heads of one group share their keys.
         group = q.shape[1] // num_kv_heads
         grouped = q[start:end].transpose(0, 1).reshape(num_kv_heads, group * num_queries, -1)
@@ -71,7 +73,7 @@ def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, prefix: int, group: int, scal
 def attend_sparse(
     q: Tensor,
     pages: KVPages,
-    blocks: Tensor,
+    selection: Selection,
     batch: StepBatch,
     segment: Segment,
     scale: float,
@@ -79,9 +81,10 @@ def attend_sparse(
 ) -> None:
     """Causal attention over the selected key blocks, for the tokens of `segment`.
 
-    q, out: [num_tokens, num_heads, head_dim].  blocks: int32 [num_index_heads, num_tokens, topk_blocks], ascending,
-    -1 to the right; query heads are split evenly over the index heads, and over the KV heads.
+    q, out: [num_tokens, num_heads, head_dim]; query heads are split evenly over the index heads, and over the KV
+    heads.
     """
+    blocks = selection.blocks
     if segment.phase == "decode":
         _attend_selected(q, pages, blocks, batch, segment, scale, out)
         return
@@ -120,17 +123,16 @@ def _attend_selected(
     kv_head = torch.arange(groups)[:, None] // (groups // num_kv_heads)
     rows = (page_ids * num_kv_heads + kv_head).view(-1)
 
-    def gather(pool: Tensor) -> Tensor:
-        flat = pool.view(-1, page_size * dim).index_select(0, rows)
-        return flat.view(num_tokens * groups, topk * page_size, dim).float()
+    def gather(pool: Tensor, pool_scale: Tensor | None) -> Tensor:
+        return take_rows(pool, pool_scale, rows).view(num_tokens * groups, topk * page_size, dim).float()
 
     query = q[tokens].reshape(num_tokens * groups, -1, dim).float()
-    scores = torch.bmm(query, gather(pages.k).transpose(1, 2)).mul_(scale)
+    scores = torch.bmm(query, gather(pages.k, pages.k_scale).transpose(1, 2)).mul_(scale)
     own = blocks[:, tokens].transpose(0, 1).repeat_interleave(groups // blocks.shape[0], dim=1)
     keys = own.unsqueeze(-1) * page_size + torch.arange(page_size)
     hidden = (own.unsqueeze(-1) < 0) | (keys > batch.positions[tokens].view(-1, 1, 1, 1))
     scores.masked_fill_(hidden.view(num_tokens * groups, 1, -1), -torch.inf)
-    result = torch.bmm(torch.softmax(scores, dim=-1), gather(pages.v))
+    result = torch.bmm(torch.softmax(scores, dim=-1), gather(pages.v, pages.v_scale))
     out[tokens] = result.view(num_tokens, -1, dim).to(out.dtype)
 
 
@@ -163,14 +165,14 @@ def _attend_pairs(
 
     query = (q.reshape(num_tokens * groups, group * dim).float() * scale)[pairs // topk].view(-1, group, dim)
     scores = query.new_empty(len(pairs), group, page_size)
-    k_rows, v_rows = pages.k.view(-1, page_size, dim), pages.v.view(-1, page_size, dim)
     runs: list[tuple[int, int, int]] = []
     start = 0
-    for page, length in zip(page_of_run.tolist(), run_lengths.tolist(), strict=True):
-        runs.append((page, start, start + length))
+    for run, length in enumerate(run_lengths.tolist()):
+        runs.append((run, start, start + length))
         start += length
-    for page, start, end in runs:
-        torch.mm(query[start:end].view(-1, dim), k_rows[page].float().t(), out=scores[start:end].view(-1, page_size))
+    for run, start, end in runs:
+        keys = take_rows(pages.k, pages.k_scale, page_of_run[run : run + 1])[0].float()
+        torch.mm(query[start:end].view(-1, dim), keys.t(), out=scores[start:end].view(-1, page_size))
     _mask_own_block(scores, selected.reshape(-1)[pairs], batch.positions[tokens], pairs // (topk * groups))
 
     # Softmax over all blocks of a (token, group): its largest score, then its sum of exponentials.
@@ -182,8 +184,9 @@ def _attend_pairs(
     sums = scores.new_zeros(num_tokens * groups * topk, group)
     sums[pairs] = scores.sum(-1)
     parts = query  # its values are used up, and it has the right size
-    for page, start, end in runs:
-        torch.mm(scores[start:end].view(-1, page_size), v_rows[page].float(), out=parts[start:end].view(-1, dim))
+    for run, start, end in runs:
+        values = take_rows(pages.v, pages.v_scale, page_of_run[run : run + 1])[0].float()
+        torch.mm(scores[start:end].view(-1, page_size), values, out=parts[start:end].view(-1, dim))
     by_rank = parts.new_zeros(num_tokens * groups * topk, group, dim)
     by_rank[pairs] = parts
     total = by_rank.view(-1, topk, group, dim).sum(1)

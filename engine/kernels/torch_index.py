@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.batch import Segment, StepBatch
-from engine.kernels.params import SelectParams
+from engine.kernels.params import KVPages, SelectParams, Selection
+from engine.kernels.torch_pages import take_rows
 
 _INIT_SCORE = 1e30
 _LOCAL_SCORE = 1e29
@@ -22,29 +23,27 @@ _CHUNK_BYTES = 16 * 2**20
 
 def select_blocks(
     index_q: Tensor,
-    index_k_pages: Tensor,
+    pages: KVPages,
     batch: StepBatch,
     segment: Segment,
     params: SelectParams,
-    blocks: Tensor,
-    num_blocks: Tensor,
+    out: Selection,
 ) -> None:
     """Score the key blocks of every token of `segment` and keep the best.
 
     index_q: [num_tokens, num_index_heads, index_dim], normed and rotated, of the whole step.
-    index_k_pages: [num_pages, 128, index_dim], this step's keys already inserted.
-    blocks: int32 [num_index_heads, num_tokens, topk_blocks], written for the segment's tokens: logical block ids,
-    ascending, -1 to the right.  num_blocks: int32 [num_tokens], how many of them are valid.
+    pages: with index_k, this step's keys already inserted.  out: written for the segment's tokens.
     """
+    blocks, num_blocks = out.blocks, out.num_blocks
     if segment.phase == "decode":
-        _select_decode(index_q, index_k_pages, batch, segment, params, blocks, num_blocks)
+        _select_decode(index_q, pages, batch, segment, params, blocks, num_blocks)
         return
     for row in range(segment.row_start, segment.row_end):
         start, end = batch.query_starts[row], batch.query_starts[row + 1]
         seq_len = batch.seq_lens_host[row]
         _select_row(
             index_q[start:end],
-            _row_keys(index_k_pages, batch.block_table[row], seq_len),
+            _row_keys(pages, batch.block_table[row], seq_len),
             seq_len - (end - start),
             params,
             blocks[:, start:end],
@@ -54,7 +53,7 @@ def select_blocks(
 
 def _select_decode(
     index_q: Tensor,
-    index_k_pages: Tensor,
+    pages: KVPages,
     batch: StepBatch,
     segment: Segment,
     params: SelectParams,
@@ -62,7 +61,8 @@ def _select_decode(
     num_blocks: Tensor,
 ) -> None:
     """One token a row: all rows at once, as many as their gathered keys allow."""
-    _, page_size, index_dim = index_k_pages.shape
+    assert pages.index_k is not None
+    _, page_size, index_dim = pages.index_k.shape
     tokens = segment.tokens
     positions = batch.positions[tokens]
     own = positions // page_size
@@ -78,7 +78,8 @@ def _select_decode(
         rows = slice(start, min(start + step, segment.row_end))
         # A decode row is one token, and decode rows come first: row and token numbers agree.
         table = batch.block_table[rows, :candidates]
-        keys = index_k_pages.index_select(0, table.reshape(-1)).float().view(len(table), -1, index_dim)
+        keys = take_rows(pages.index_k, pages.index_k_scale, table.reshape(-1))
+        keys = keys.float().view(len(table), -1, index_dim)
         scores = torch.bmm(index_q[rows].float(), keys.transpose(1, 2))
         scores = scores.view(len(table), -1, candidates, page_size)
         row_own = own[rows, None, None]
@@ -89,11 +90,12 @@ def _select_decode(
         blocks[:, rows] = torch.where(chosen == _PADDING, -1, chosen).transpose(0, 1)
 
 
-def _row_keys(index_k_pages: Tensor, table: Tensor, seq_len: int) -> Tensor:
+def _row_keys(pages: KVPages, table: Tensor, seq_len: int) -> Tensor:
     """The row's index keys, float32 [num_blocks * 128, index_dim]; what lies past seq_len is not cleared."""
-    page_size = index_k_pages.shape[1]
+    assert pages.index_k is not None
+    _, page_size, index_dim = pages.index_k.shape
     page_ids = table[: -(-seq_len // page_size)]
-    return index_k_pages.index_select(0, page_ids).view(-1, index_k_pages.shape[2]).float()
+    return take_rows(pages.index_k, pages.index_k_scale, page_ids).view(-1, index_dim).float()
 
 
 def _select_row(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.kernels.params import SwigluParams
+from engine.kernels.params import RouteParams, SwigluParams
 
 # A hint for the packed layout only; any batch size may be multiplied.
 _PACK_ROWS = 16
@@ -45,18 +45,22 @@ def swiglu(gate_up: Tensor, params: SwigluParams) -> Tensor:
     return torch.sigmoid(gate * params.alpha).mul_(gate).mul_(up).to(gate_up.dtype)
 
 
-def route(x: Tensor, gate: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
+def route(x: Tensor, gate: Tensor, bias: Tensor, params: RouteParams) -> tuple[Tensor, Tensor]:
     """Sigmoid router in fp32; the bias decides the choice only, ties go to the lower expert id.
 
     x: [num_tokens, hidden].  gate: packed float32 [num_experts, hidden].  bias: float32 [num_experts].
-    Returns weights float32 [num_tokens, top_k], scaled to sum to `scale`, and ids int64 [num_tokens, top_k].
+    Returns weights float32 [num_tokens, params.width], the routed ones scaled to sum to `scale`, and their expert ids
+    [num_tokens, params.width], by rank.
     """
     # torch's fp32 sigmoid rounds the last few elements of a tensor differently from the others: a row's weights
     # would depend on how many rows follow it.
     scores = torch.sigmoid(linear(x.float(), gate).double()).float()
-    ids = torch.sort(scores + bias, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    ids = torch.sort(scores + bias, dim=-1, descending=True, stable=True).indices[:, : params.top_k]
     weights = scores.gather(-1, ids)
-    return weights * (scale / weights.sum(-1, keepdim=True)), ids
+    weights = weights * (params.scale / weights.sum(-1, keepdim=True))
+    if params.shared:
+        weights, ids = F.pad(weights, (0, 1), value=1.0), F.pad(ids, (0, 1), value=len(bias))
+    return weights, ids
 
 
 PackedExperts = tuple[list[Tensor], list[Tensor]]
@@ -70,7 +74,7 @@ def pack_experts(w13: Tensor, w2: Tensor) -> PackedExperts:
 def experts(x: Tensor, packed: PackedExperts, weights: Tensor, ids: Tensor, act: SwigluParams) -> Tensor:
     """sum over the chosen experts of weight * w2(swiglu(w13(x))).
 
-    x: [num_tokens, hidden].  weights: float32 [num_tokens, top_k].  ids: int64 [num_tokens, top_k].
+    x: [num_tokens, hidden].  weights: float32 [num_tokens, top_k], ids: [num_tokens, top_k], both from `route`.
     Returns [num_tokens, hidden]; the sum runs in fp32, in the order of the router's ranks.
     """
     w13, w2 = packed

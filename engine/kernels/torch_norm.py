@@ -6,6 +6,7 @@ from torch import Tensor
 
 from engine.kernels.batch import StepBatch
 from engine.kernels.params import KVPages, QKVLayout
+from engine.kernels.torch_pages import write_rows
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -52,7 +53,7 @@ def qk_norm_rope_insert(
     qkv: [num_tokens, sum(layout.sizes)].  gains: float32 [num_heads + num_kv_heads, head_dim] of the heads of q and k
     and, where the layer has an indexer, [num_index_heads + 1, index_dim] of those of index_q and index_k: neighbours
     in the row are normed and rotated together.  cos_sin_table: float32 [max_model_len, rotary_dim].
-    Returns q [num_tokens, num_heads, head_dim] and index_q float32 [num_tokens, num_index_heads, index_dim] or None.
+    Returns q [num_tokens, num_heads, head_dim] and index_q [num_tokens, num_index_heads, index_dim] or None, both of qkv's dtype.
     """
     num_tokens, dim, index_dim = qkv.shape[0], layout.head_dim, layout.index_dim
     cos_sin = cos_sin_table[batch.positions]
@@ -65,11 +66,11 @@ def qk_norm_rope_insert(
 
     page_ids, offsets = batch.slot_mapping // pages.k.shape[2], batch.slot_mapping % pages.k.shape[2]
     rotated = heads(qk, dim, gains[0]).to(qkv.dtype)
-    pages.k[page_ids, :, offsets] = rotated[:, layout.num_heads :]
-    pages.v[page_ids, :, offsets] = v.reshape(num_tokens, -1, dim)
+    write_rows(pages.k, pages.k_scale, page_ids, offsets, rotated[:, layout.num_heads :])
+    write_rows(pages.v, pages.v_scale, page_ids, offsets, v.reshape(num_tokens, -1, dim))
     q = rotated[:, : layout.num_heads]
     if pages.index_k is None:
         return q, None
     rotated_index = heads(index, index_dim, gains[1]).to(qkv.dtype)
-    pages.index_k[page_ids, offsets] = rotated_index[:, -1]
+    write_rows(pages.index_k, pages.index_k_scale, page_ids, offsets, rotated_index[:, -1])
     return q, rotated_index[:, :-1]

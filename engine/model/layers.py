@@ -25,16 +25,33 @@ class Build:
     parallel: TensorParallel
     dtype: torch.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors live."""
+        return self.kernels.device
+
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        rows: slice | None = None,
+        columns: slice | None = None,
+    ) -> Tensor:
+        """WeightSource.take, on the device."""
+        return self.weights.take(name, shape, dtype, rows=rows, columns=columns).to(self.device)
+
     def gain(self, name: str, size: int) -> Tensor:
         """A Gemma norm's gain, float32 [size]: the checkpoint stores it minus one."""
-        return self.weights.take(name, (size,), torch.float32) + 1.0
+        return self.take(name, (size,), torch.float32) + 1.0
 
 
 class Attention:
     """GQA with per-head QK norm and partial RoPE: dense without a selector, block-sparse with one."""
 
     def __init__(self, build: Build, layer_id: int, selector: Selector | None) -> None:
-        config, parallel, weights = build.config, build.parallel, build.weights
+        config, parallel = build.config, build.parallel
         prefix = f"model.layers.{layer_id}.self_attn."
         owns_index = selector is not None and selector.owns_index
         self.layer_id = layer_id
@@ -54,7 +71,7 @@ class Attention:
 
         def head_rows(name: str, num_heads: int, dim: int) -> Tensor:
             shape = (num_heads * dim, config.hidden_size)
-            return weights.take(prefix + name, shape, build.dtype, rows=parallel.head_rows(num_heads, dim))
+            return build.take(prefix + name, shape, build.dtype, rows=parallel.head_rows(num_heads, dim))
 
         parts = [
             head_rows("q_proj.weight", config.num_attention_heads, config.head_dim),
@@ -72,18 +89,16 @@ class Attention:
         if owns_index:
             parts.append(head_rows("index_q_proj.weight", config.num_index_heads, config.index_dim))
             shape = (config.index_dim, config.hidden_size)
-            parts.append(weights.take(prefix + "index_k_proj.weight", shape, build.dtype))
+            parts.append(build.take(prefix + "index_k_proj.weight", shape, build.dtype))
             gains.append(head_gains(("index_q", "index_k"), (self.layout.num_index_heads, 1), config.index_dim))
         elif selector is not None:
             for name in index_names:
-                weights.drop(f"{prefix}{name}.weight", "index weights of a reuse layer")
+                build.weights.drop(f"{prefix}{name}.weight", "index weights of a reuse layer")
         self.gains = tuple(gains)
         self.qkv = build.kernels.pack_linear(torch.cat(parts))
         width = config.num_attention_heads * config.head_dim
         self.o_proj = build.kernels.pack_linear(
-            weights.take(
-                f"{prefix}o_proj.weight", (config.hidden_size, width), build.dtype, columns=parallel.part(width)
-            )
+            build.take(f"{prefix}o_proj.weight", (config.hidden_size, width), build.dtype, columns=parallel.part(width))
         )
 
     def __call__(self, x: Tensor, cos_sin: Tensor, pages: KVPages, batch: StepBatch) -> Tensor:
@@ -100,7 +115,7 @@ class Attention:
             selection = self.selector(index_q, pages, batch)
             for segment in batch.segments:
                 started = batch.probe.start() if batch.probe is not None else None
-                kernels.attend_sparse(q, pages, selection.blocks, batch, segment, self.scale, out)
+                kernels.attend_sparse(q, pages, selection, batch, segment, self.scale, out)
                 if batch.probe is not None:
                     batch.probe.stop(started, "sparse_attention", self.layer_id, segment.phase)
         return self.parallel.all_reduce(kernels.linear(out.view(out.shape[0], -1), self.o_proj))
@@ -114,12 +129,10 @@ class MLP:
         self.kernels = build.kernels
         self.act = SwigluParams(config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta)
         shape = (width, config.hidden_size)
-        gate_up = [
-            build.weights.take(f"{prefix}{name}_proj.weight", shape, build.dtype, rows=part) for name in ("gate", "up")
-        ]
+        gate_up = [build.take(f"{prefix}{name}_proj.weight", shape, build.dtype, rows=part) for name in ("gate", "up")]
         self.gate_up = build.kernels.pack_linear(torch.cat(gate_up))
         self.down = build.kernels.pack_linear(
-            build.weights.take(f"{prefix}down_proj.weight", (config.hidden_size, width), build.dtype, columns=part)
+            build.take(f"{prefix}down_proj.weight", (config.hidden_size, width), build.dtype, columns=part)
         )
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from engine.config import PAGE_SIZE, ModelConfig
 from engine.kernels.api import KernelSet, KVPages, SelectParams
 from engine.kernels.batch import StepBatch
+from engine.kernels.torch_pages import FP8_DTYPES
 from engine.model.layers import MLP, Attention, Build
 from engine.model.moe import MoE
 from engine.model.weights import WeightSource
@@ -48,10 +49,16 @@ class DecoderLayer:
         )
 
     def __call__(
-        self, x: Tensor, residual: Tensor, cos_sin: Tensor, pages: KVPages, batch: StepBatch
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, pages: KVPages, batch: StepBatch
     ) -> tuple[Tensor, Tensor]:
-        """(x, residual) -> (this layer's output, the residual stream without it), both [num_tokens, hidden]."""
-        normed, residual = self.kernels.add_rms_norm(x, residual, self.input_gain, self.eps)
+        """(x, residual) -> (this layer's output, the residual stream without it), both [num_tokens, hidden].
+
+        residual: None in the first layer, where x is the whole stream.
+        """
+        if residual is None:
+            normed, residual = self.kernels.rms_norm(x, self.input_gain, self.eps), x
+        else:
+            normed, residual = self.kernels.add_rms_norm(x, residual, self.input_gain, self.eps)
         x = self.attention(normed, cos_sin, pages, batch)
         normed, residual = self.kernels.add_rms_norm(x, residual, self.post_gain, self.eps)
         return self.parallel.all_reduce(self.feed_forward(normed)), residual
@@ -75,35 +82,46 @@ class MiniMaxM3:
         dtype: torch.dtype,
         max_model_len: int,
         max_num_tokens: int,
+        max_num_rows: int,
         audited: bool,
+        kv_dtype: torch.dtype | None = None,
+        index_dtype: torch.dtype | None = None,
     ) -> None:
+        """max_num_tokens, max_num_rows: of a step.  kv_dtype, index_dtype: of the pages, default: `dtype`."""
         parallel.check(config)
         self.config = config
         self.parallel = parallel
         self.kernels = kernels
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
+        self.index_dtype = index_dtype or dtype
         self.plan = knobs.build_plan(config.is_sparse)
         self.audit = Audit()
+        num_index_heads = parallel.num_heads(config.num_index_heads)
+        groups = max(parallel.num_heads(config.num_key_value_heads), num_index_heads)
         self.index_cache = IndexCache(
             self.plan,
-            num_index_heads=parallel.num_heads(config.num_index_heads),
+            num_index_heads=num_index_heads,
             max_num_tokens=max_num_tokens,
+            max_num_rows=max_num_rows,
             topk_blocks=config.topk_blocks,
+            device=kernels.device,
+            group_tokens=kernels.group_tokens(config.num_attention_heads // parallel.size // groups),
             audited=audited,
         )
         build = Build(config, weights, kernels, parallel, dtype)
         vocab = (config.vocab_size, config.hidden_size)
         self._vocab_part = parallel.part(config.vocab_size)
-        self.embedding = weights.take("model.embed_tokens.weight", vocab, dtype, rows=self._vocab_part)
+        self.embedding = build.take("model.embed_tokens.weight", vocab, dtype, rows=self._vocab_part)
         self.layers = [
             DecoderLayer(build, layer_id, self._selector(layer_id, role, audited))
             for layer_id, role in enumerate(self.plan.roles)
         ]
         self.final_gain = build.gain("model.norm.weight", config.hidden_size)
-        self.lm_head = kernels.pack_linear(weights.take("lm_head.weight", vocab, dtype, rows=self._vocab_part))
+        self.lm_head = kernels.pack_linear(build.take("lm_head.weight", vocab, dtype, rows=self._vocab_part))
         self.ledger = weights.finish()
         self.weight_bytes = weights.num_bytes
-        self.cos_sin = rope_table(max_model_len, config.rotary_dim, config.rope_theta)
+        self.cos_sin = rope_table(max_model_len, config.rotary_dim, config.rope_theta).to(kernels.device)
         self.pages: list[KVPages] = []
 
     def _selector(self, layer_id: int, role: Role, audited: bool) -> Selector | None:
@@ -118,26 +136,33 @@ class MiniMaxM3:
         return ReuseSelector(layer_id, self.index_cache)
 
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers of this rank."""
-        kv_width = 2 * self.parallel.num_heads(self.config.num_key_value_heads) * self.config.head_dim
-        widths = sum(
-            kv_width + (self.config.index_dim if layer.attention.layout.num_index_heads else 0) for layer in self.layers
-        )
-        return widths * PAGE_SIZE * self.dtype.itemsize
+        """Bytes of one page over all layers of this rank, the scales of fp8 pages included."""
+        config = self.config
+        kv_heads = self.parallel.num_heads(config.num_key_value_heads)
+        kv = 2 * kv_heads * _vector_bytes(config.head_dim, self.kv_dtype)
+        index = _vector_bytes(config.index_dim, self.index_dtype)
+        owners = sum(layer.attention.layout.num_index_heads > 0 for layer in self.layers)
+        return PAGE_SIZE * (kv * len(self.layers) + index * owners)
 
     def allocate_pages(self, num_pages: int) -> None:
         """Make the pools; index-K pages only in layers that own an indexer."""
-        config = self.config
-        kv = (num_pages, self.parallel.num_heads(config.num_key_value_heads), PAGE_SIZE, config.head_dim)
-        index = (num_pages, PAGE_SIZE, config.index_dim)
-        self.pages = [
-            KVPages(
-                _zeros(kv, self.dtype),
-                _zeros(kv, self.dtype),
-                _zeros(index, self.dtype) if layer.attention.layout.num_index_heads else None,
-            )
-            for layer in self.layers
-        ]
+        config, device = self.config, self.kernels.device
+        kv = (num_pages, self.parallel.num_heads(config.num_key_value_heads), PAGE_SIZE)
+        index = (num_pages, PAGE_SIZE)
+
+        def pool(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+            scale = _zeros(shape, torch.float32, device) if dtype in FP8_DTYPES else None
+            return _zeros((*shape, dim), dtype, device), scale
+
+        def pages(owns_index: bool) -> KVPages:
+            k, k_scale = pool(kv, config.head_dim, self.kv_dtype)
+            v, v_scale = pool(kv, config.head_dim, self.kv_dtype)
+            if not owns_index:
+                return KVPages(k, v, None, k_scale, v_scale)
+            index_k, index_k_scale = pool(index, config.index_dim, self.index_dtype)
+            return KVPages(k, v, index_k, k_scale, v_scale, index_k_scale)
+
+        self.pages = [pages(layer.attention.layout.num_index_heads > 0) for layer in self.layers]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids: int64 [num_tokens] -> [num_tokens, hidden]; each rank holds a part of the vocabulary."""
@@ -151,20 +176,28 @@ class MiniMaxM3:
     def forward(self, token_ids: Tensor, batch: StepBatch) -> Tensor:
         """Run all layers over the step. token_ids: int64 [num_tokens].  Returns normed hidden states."""
         self.index_cache.begin_step()
-        residual = self.embed(token_ids)
-        x = torch.zeros_like(residual)
+        x, residual = self.embed(token_ids), None
         for layer, pages in zip(self.layers, self.pages, strict=True):
             x, residual = layer(x, residual, self.cos_sin, pages, batch)
+        assert residual is not None, "a model has layers"
         normed, _ = self.kernels.add_rms_norm(x, residual, self.final_gain, self.config.rms_norm_eps)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [rows, hidden] -> float32 [rows, vocab_size], the same on every rank."""
-        return self.parallel.all_gather_last(self.kernels.linear(hidden, self.lm_head)).float()
+        """hidden: [rows, hidden] -> [rows, vocab_size] of the compute dtype, the same on every rank."""
+        return self.parallel.all_gather_last(self.kernels.linear(hidden, self.lm_head))
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A pool of pages that takes memory only as pages are written: torch.zeros would touch all of it at once."""
+def _vector_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Of one stored vector; an fp8 one has a float32 scale."""
+    return dim * dtype.itemsize + (4 if dtype in FP8_DTYPES else 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A pool of pages; on CPU it takes memory only as pages are written, where torch.zeros would touch it all."""
+    if device.type != "cpu":
+        # Not every fp8 dtype has a fill kernel everywhere; its zero is a zero byte.
+        return torch.zeros(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 

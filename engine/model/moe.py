@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.api import SwigluParams
+from engine.kernels.api import RouteParams, SwigluParams
 from engine.model.layers import MLP, Build
 
 
@@ -19,27 +19,29 @@ class MoE:
         part = build.parallel.part(width)
         self.kernels = build.kernels
         self.act = SwigluParams(config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta)
-        self.top_k = config.num_experts_per_tok
-        self.scale = config.routed_scaling_factor
+        # Of the same width, the shared expert is one more expert of the grouped products.
+        fused = config.shared_intermediate_size == width
+        self.routing = RouteParams(config.num_experts_per_tok, config.routed_scaling_factor, fused)
         # The router stays fp32: in bf16 it picks other experts.
-        self.gate = build.kernels.pack_linear(
-            build.weights.take(f"{prefix}gate.weight", (num_experts, hidden), torch.float32)
-        )
-        self.bias = build.weights.take(f"{prefix}e_score_correction_bias", (num_experts,), torch.float32)
+        self.gate = build.kernels.pack_linear(build.take(f"{prefix}gate.weight", (num_experts, hidden), torch.float32))
+        self.bias = build.take(f"{prefix}e_score_correction_bias", (num_experts,), torch.float32)
         local = part.stop - part.start
-        w13 = torch.empty(num_experts, 2 * local, hidden, dtype=build.dtype)
-        w2 = torch.empty(num_experts, hidden, local, dtype=build.dtype)
-        for expert in range(num_experts):
-            name = f"{prefix}experts.{expert}."
-            for half, weight in enumerate(("w1", "w3")):
-                w13[expert, half * local : (half + 1) * local] = build.weights.take(
+        names = [(f"{prefix}experts.{expert}.", ("w1", "w3", "w2")) for expert in range(num_experts)]
+        if fused:
+            names.append((f"{prefix}shared_experts.", ("gate_proj", "up_proj", "down_proj")))
+        w13 = torch.empty(len(names), 2 * local, hidden, dtype=build.dtype, device=build.device)
+        w2 = torch.empty(len(names), hidden, local, dtype=build.dtype, device=build.device)
+        for expert, (name, (gate, up, down)) in enumerate(names):
+            for half, weight in enumerate((gate, up)):
+                w13[expert, half * local : (half + 1) * local] = build.take(
                     f"{name}{weight}.weight", (width, hidden), build.dtype, rows=part
                 )
-            w2[expert] = build.weights.take(f"{name}w2.weight", (hidden, width), build.dtype, columns=part)
+            w2[expert] = build.take(f"{name}{down}.weight", (hidden, width), build.dtype, columns=part)
         self.experts = build.kernels.pack_experts(w13, w2)
-        self.shared = MLP(build, f"{prefix}shared_experts.", config.shared_intermediate_size)
+        self.shared = None if fused else MLP(build, f"{prefix}shared_experts.", config.shared_intermediate_size)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_tokens, hidden].  Returns this rank's partial sum, [num_tokens, hidden]."""
-        weights, ids = self.kernels.route(x, self.gate, self.bias, self.top_k, self.scale)
-        return self.kernels.experts(x, self.experts, weights, ids, self.act) + self.shared(x)
+        weights, ids = self.kernels.route(x, self.gate, self.bias, self.routing)
+        out = self.kernels.experts(x, self.experts, weights, ids, self.act)
+        return out if self.shared is None else out + self.shared(x)

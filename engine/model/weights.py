@@ -161,11 +161,13 @@ class DummyWeights:
     """Seeded random tensors in place of a checkpoint's, scaled so that no layer is degenerate.
 
     Norm weights differ from 0, router logits and index scores are spread, so that routing covers the experts and
-    block choices are not ties. A tensor depends on (seed, name) alone: every rank cuts the same one.
+    block choices are not ties. A tensor depends on (seed, name) and the kind of device alone: every rank cuts the
+    same one. Made on the device: a GPU draws the billions of numbers of a large model in seconds.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
+        self._device = device
         self._count = 0
         self.num_bytes = 0
 
@@ -178,8 +180,8 @@ class DummyWeights:
         rows: slice | None = None,
         columns: slice | None = None,
     ) -> Tensor:
-        generator = torch.Generator().manual_seed((self._seed << 32) + zlib.crc32(name.encode()))
-        values = torch.randn(shape, generator=generator)
+        generator = torch.Generator(self._device).manual_seed((self._seed << 32) + zlib.crc32(name.encode()))
+        values = torch.randn(shape, generator=generator, device=self._device)
         if len(shape) == 1:
             values *= 0.1
             if "index_" in name:

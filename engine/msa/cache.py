@@ -7,26 +7,12 @@ same step: there is no key and no miss. IndexPlan proved at load that every reus
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from engine.kernels.batch import StepBatch
+from engine.kernels.params import BlockUnions, Selection
 from engine.msa.plan import IndexPlan, Role
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which key blocks each token attends to.
-
-    blocks: int32 [num_index_heads, num_tokens, topk_blocks], logical block ids, ascending, -1 to the right.
-    num_blocks: int32 [num_tokens], the valid ones: all index heads have equally many.
-    """
-
-    blocks: Tensor
-    num_blocks: Tensor
-
 
 Observer = Callable[[int, StepBatch, Selection], None]
 
@@ -39,15 +25,33 @@ class IndexCache:
     """
 
     def __init__(
-        self, plan: IndexPlan, *, num_index_heads: int, max_num_tokens: int, topk_blocks: int, audited: bool = False
+        self,
+        plan: IndexPlan,
+        *,
+        num_index_heads: int,
+        max_num_tokens: int,
+        max_num_rows: int,
+        topk_blocks: int,
+        device: torch.device,
+        group_tokens: int = 0,
+        audited: bool = False,
     ) -> None:
-        def buffers() -> Selection:
-            blocks = torch.full((num_index_heads, max_num_tokens, topk_blocks), -1, dtype=torch.int32)
-            return Selection(blocks, torch.zeros(max_num_tokens, dtype=torch.int32))
+        """max_num_tokens, max_num_rows: of a step.  group_tokens: see BlockUnions; 0: the backend makes none."""
 
+        def buffers(unions: BlockUnions | None) -> Selection:
+            blocks = torch.full((num_index_heads, max_num_tokens, topk_blocks), -1, dtype=torch.int32, device=device)
+            return Selection(blocks, torch.zeros(max_num_tokens, dtype=torch.int32, device=device), unions)
+
+        unions = None
+        if group_tokens:
+            max_groups = max_num_tokens // group_tokens + max_num_rows
+            shape = (num_index_heads, max_groups, group_tokens * topk_blocks)
+            entries = torch.zeros(shape, dtype=torch.int32, device=device)
+            unions = BlockUnions(group_tokens, entries, torch.zeros(shape[:2], dtype=torch.int32, device=device))
         self._plan = plan
-        self._selection = buffers()
-        self._shadow = buffers() if audited and plan.layers(Role.REUSE) else None
+        self._selection = buffers(unions)
+        # A shadow selection is compared, not attended with.
+        self._shadow = buffers(None) if audited and plan.layers(Role.REUSE) else None
         self._written_by = -1
         self.observer: Observer | None = None
         self.computed = dict.fromkeys(plan.layers(Role.COMPUTE), 0)
@@ -61,18 +65,18 @@ class IndexCache:
         """The buffers that compute layer `layer_id` must fill for this step's tokens."""
         self._written_by = layer_id
         self.computed[layer_id] += 1
-        return _first(self._selection, num_tokens)
+        return self._selection.first(num_tokens)
 
     def current(self, layer_id: int, num_tokens: int) -> Selection:
         """The selection that reuse layer `layer_id` attends with, as its source left it."""
         assert self._written_by == self._plan.source(layer_id), "layers ran out of order"
         self.reused[layer_id] += 1
-        return _first(self._selection, num_tokens)
+        return self._selection.first(num_tokens)
 
     def shadow(self, num_tokens: int) -> Selection:
         """Scratch of the same shape for an audit's fresh selection; overwritten by the next audit."""
         assert self._shadow is not None, "shadow selections exist in audited mode only"
-        return _first(self._shadow, num_tokens)
+        return self._shadow.first(num_tokens)
 
     def observe(self, layer_id: int, batch: StepBatch, selection: Selection) -> None:
         if self.observer is not None:
@@ -84,7 +88,3 @@ class IndexCache:
         self.computed = dict.fromkeys(self.computed, 0)
         self.reused = dict.fromkeys(self.reused, 0)
         return counts
-
-
-def _first(selection: Selection, num_tokens: int) -> Selection:
-    return Selection(selection.blocks[:, :num_tokens], selection.num_blocks[:num_tokens])

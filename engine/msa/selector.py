@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.kernels.api import KernelSet, KVPages, SelectParams
+from engine.kernels.api import KernelSet, KVPages, Selection, SelectParams
 from engine.kernels.batch import StepBatch
 from engine.msa.audit import Audit
-from engine.msa.cache import IndexCache, Selection
+from engine.msa.cache import IndexCache
 
 
 class Selector(Protocol):
@@ -43,7 +43,7 @@ class ComputeSelector:
         assert index_q is not None and pages.index_k is not None
         for segment in batch.segments:
             started = batch.probe.start() if batch.probe is not None else None
-            self.kernels.select_blocks(index_q, pages.index_k, batch, segment, self.params, out.blocks, out.num_blocks)
+            self.kernels.select_blocks(index_q, pages, batch, segment, self.params, out)
             if batch.probe is not None:
                 batch.probe.stop(started, "indexer", self.layer_id, segment.phase)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine import LLM, SamplingParams
 from engine.kernels.batch import StepBatch
-from engine.msa.cache import Selection
+from engine.kernels.params import Selection
 from engine.types import Output
 from tests.golden.oracle import Oracle, OracleRun
 

@@ -52,6 +52,7 @@ def random_step(
         row_ids=row_ids,
         block_table=table,
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
         query_starts=starts,
         seq_lens_host=seq_lens,
         segments=tuple(s for s in segments if s.num_rows),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.kernels import torch_attention, torch_index
-from engine.kernels.params import SelectParams
+from engine.kernels.params import SelectParams, Selection
 from tests.kernels import reference
 
 # Lengths around the page size, fewer blocks than topk, exactly topk, one more; decode rows first.
@@ -20,7 +20,7 @@ def select(step: reference.Step, params: SelectParams) -> torch.Tensor:
     blocks = torch.full((heads, num_tokens, params.topk_blocks), -9, dtype=torch.int32)
     num_blocks = torch.full((num_tokens,), -9, dtype=torch.int32)
     for segment in step.batch.segments:
-        torch_index.select_blocks(step.index_q, step.pages.index_k, step.batch, segment, params, blocks, num_blocks)
+        torch_index.select_blocks(step.index_q, step.pages, step.batch, segment, params, Selection(blocks, num_blocks))
     assert torch.equal(num_blocks, (blocks[0] >= 0).sum(-1).int())
     return blocks
 
@@ -31,7 +31,8 @@ def attend(step: reference.Step, blocks: torch.Tensor | None) -> torch.Tensor:
         if blocks is None:
             torch_attention.attend_dense(step.q, step.pages, step.batch, segment, 0.2, out)
         else:
-            torch_attention.attend_sparse(step.q, step.pages, blocks, step.batch, segment, 0.2, out)
+            selection = Selection(blocks, (blocks[0] >= 0).sum(-1).int())
+            torch_attention.attend_sparse(step.q, step.pages, selection, step.batch, segment, 0.2, out)
     return out
 
 
@@ -82,6 +83,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
                 row_ids=torch.zeros(1, dtype=torch.int64),
                 block_table=batch.block_table[i : i + 1],
                 seq_lens=batch.seq_lens[i : i + 1],
+                query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
                 query_starts=[0, 1],
                 seq_lens_host=[before + 1],
                 segments=(type(batch.segments[0])("decode", 0, 1, 0, 1),),

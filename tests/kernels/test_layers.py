@@ -9,7 +9,7 @@ import torch
 
 from engine.kernels import torch_linear, torch_norm
 from engine.kernels.batch import Segment, StepBatch
-from engine.kernels.params import KVPages, QKVLayout, SwigluParams
+from engine.kernels.params import KVPages, QKVLayout, RouteParams, SwigluParams
 from engine.model.minimax_m3 import rope_table
 
 ACT = SwigluParams(alpha=1.702, limit=7.0, beta=1.0)
@@ -43,7 +43,7 @@ def test_swiglu_clamps_gate_above_only_and_up_on_both_sides() -> None:
 def test_router_bias_chooses_but_does_not_weigh() -> None:
     x, gate = randn(6, 16), randn(5, 16, seed=1)
     bias = torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0])
-    weights, ids = torch_linear.route(x, torch_linear.pack_linear(gate), bias, 2, 2.0)
+    weights, ids = torch_linear.route(x, torch_linear.pack_linear(gate), bias, RouteParams(2, 2.0, False))
     scores = torch.sigmoid(x.double() @ gate.double().t())
     for row in range(6):
         chosen = sorted(range(5), key=lambda e: (-(scores[row, e] + bias[e]).item(), e))[:2]
@@ -54,7 +54,8 @@ def test_router_bias_chooses_but_does_not_weigh() -> None:
 
 
 def test_router_ties_go_to_the_lower_expert() -> None:
-    _, ids = torch_linear.route(torch.zeros(3, 8), torch_linear.pack_linear(randn(6, 8)), torch.zeros(6), 3, 1.0)
+    gate, params = torch_linear.pack_linear(randn(6, 8)), RouteParams(3, 1.0, False)
+    _, ids = torch_linear.route(torch.zeros(3, 8), gate, torch.zeros(6), params)
     assert ids.tolist() == [[0, 1, 2]] * 3
 
 
@@ -97,6 +98,7 @@ def test_norm_rope_insert() -> None:
         row_ids=torch.zeros(count, dtype=torch.int64),
         block_table=table,
         seq_lens=torch.tensor([301], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, count], dtype=torch.int32),
         query_starts=[0, count],
         seq_lens_host=[301],
         segments=(Segment("prefill", 0, 1, 0, count),),

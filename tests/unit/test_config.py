@@ -458,11 +458,11 @@ INTEGERS = {
     "num_threads": 1,
 }
 UNSET = {"max_model_len", "num_pages", "num_threads"}
-CHOICES = ("backend", "dtype", "load_format", "index_reuse")
+CHOICES = ("backend", "dtype", "load_format", "index_reuse", "kv_cache_dtype", "index_cache_dtype")
 
 
 def test_the_tables_cover_every_setting() -> None:
-    others = {"model", "memory_fraction", "enable_prefix_caching", "hf_overrides"}
+    others = {"model", "memory_fraction", "enable_prefix_caching", "enforce_eager", "async_scheduling", "hf_overrides"}
     assert {*INTEGERS, *CHOICES, *KNOBS, *others} == {field.name for field in fields(EngineConfig)}
 
 
@@ -495,8 +495,10 @@ def test_choices(name: str) -> None:
     ("name", "values"),
     [
         ("model", ["", None, 5, b"m"]),
-        ("memory_fraction", [0, 1.01, -0.5, math.nan, math.inf, True, "0.5", None, HUGE]),
+        ("memory_fraction", [0, 1.01, -0.5, math.nan, math.inf, True, "0.5", HUGE]),
         ("enable_prefix_caching", [None, 0, 1, "true"]),
+        ("enforce_eager", [None, 0, 1, "true"]),
+        ("async_scheduling", [0, 1, "true"]),
         ("hf_overrides", [None, [], "{}", 5]),
         ("use_index_cache", [0, "true", []]),
         ("index_topk_freq", [True, "4", 4.0, -1, math.nan]),

@@ -1,0 +1,100 @@
+"""Where kernels run, and with which meta-parameters: one table for all architectures.
+
+Kernels are written once for CUDA and ROCm; what differs (tile sizes, warps, pipeline stages, MFMA shape) is looked up
+here by (operation, architecture). Nothing is tuned at run time: compiling a candidate takes seconds, on somebody's
+request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError
+
+SM90, GFX942, GFX950, INTERPRET = "sm_90", "gfx942", "gfx950", "interpret"
+# Shared memory (LDS) of one workgroup, bytes. Triton checks it on CUDA only, at launch.
+SHARED_BYTES = {SM90: 232448, GFX942: 65536, GFX950: 163840, INTERPRET: 2**31 - 1}
+_UNITS = {SM90: 132, GFX942: 304, GFX950: 256, INTERPRET: 4}
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """Meta-parameters of one operation on one architecture.
+
+    tiles: constexpr arguments of the kernel.  hip: compile options that only ROCm knows (matrix_instr_nonkdim,
+    waves_per_eu, kpack).  cuda: those that only CUDA knows (launch_pdl, maxnreg).
+    """
+
+    tiles: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    hip: Mapping[str, int] = field(default_factory=dict)
+    cuda: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, tile: str) -> int:
+        return self.tiles[tile]
+
+
+Recorder = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One architecture, and how kernels are launched on it.
+
+    num_units: streaming multiprocessors or compute units.  recorder: when set, sees every launch in place of the GPU;
+    ahead-of-time compilation tests thus compile what the operations really launch.
+    """
+
+    arch: str
+    num_units: int
+    recorder: Recorder | None = None
+
+    @property
+    def is_hip(self) -> bool:
+        return self.arch.startswith("gfx")
+
+    @property
+    def interpreted(self) -> bool:
+        return self.arch == INTERPRET
+
+    @property
+    def shared_bytes(self) -> int:
+        return SHARED_BYTES[self.arch]
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, config: LaunchConfig, **constexprs: Any) -> None:
+        """Launch `kernel` over `grid`. Positional args are run-time arguments, keywords are constexprs (those of
+        `config.tiles` are added)."""
+        if 0 in grid:
+            return
+        options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options |= config.hip if self.is_hip else {} if self.interpreted else config.cuda
+        constants = {**config.tiles, **constexprs}
+        if self.recorder is not None:
+            self.recorder(kernel, grid, args, constants, options)
+        else:
+            kernel[grid](*args, **constants, **options)
+
+
+def detect() -> Target:
+    """The device of this process. Raises ConfigError where Triton kernels cannot run."""
+    import triton  # noqa: PLC0415 - machines without a GPU never need it
+
+    if triton.knobs.runtime.interpret:
+        return Target(INTERPRET, _UNITS[INTERPRET])
+    if not torch.cuda.is_available():
+        raise ConfigError("backend=triton needs a CUDA or ROCm device, and torch sees none; backend=torch runs on CPU")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else SM90
+    if arch not in SHARED_BYTES:
+        raise ConfigError(f"backend=triton runs on gfx942, gfx950 and NVIDIA sm_90, and this device is {arch}")
+    return Target(arch, properties.multi_processor_count)
+
+
+def offline_target(arch: str, recorder: Recorder) -> Target:
+    """A target that is not there, for compiling ahead of time."""
+    return Target(arch, _UNITS[arch], recorder)
