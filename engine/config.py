@@ -152,7 +152,13 @@ class EngineConfig:
         default="lean", metadata={"help": "lean: S layers own no index weights and pages; audited: they do"}
     )
     audit_interval: int = field(default=64, metadata={"help": "audited: steps between shadow selections"})
-    probe_interval: int = field(default=16, metadata={"help": "steps between per-layer timings; 0: never"})
+    probe_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "steps between per-layer timings; 0: never; default: 16, on a GPU 1024, where such a step runs "
+            "without its graph"
+        },
+    )
     enforce_eager: bool = field(default=False, metadata={"help": "GPU: run decode steps without captured graphs"})
     async_scheduling: bool | None = field(
         default=None, metadata={"help": "plan a step before the last one's tokens are known; default: on a GPU"}
@@ -171,7 +177,7 @@ class EngineConfig:
         _choice("index_reuse", self.index_reuse, ("lean", "audited"))
         for name, low in _INTEGERS.items():
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "num_pages", "num_threads"):
+            if value is None and name in ("max_model_len", "num_pages", "probe_interval", "num_threads"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_INTEGER:
                 raise ConfigError(f"{name} must be an integer in [{low}, {MAX_INTEGER}], got {value!r}")

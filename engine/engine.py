@@ -1,7 +1,10 @@
-"""The engine's step loop: requests in, one StepPlan to the executor and its result back, events out.
+"""The engine's step loop: requests in, StepPlans to the executor and their results back, events out.
 
 The life of a request: `add_request` checks it and queues it; a `step` admits it, runs its prompt in chunks,
 samples its tokens one a step, and emits one RequestEvent per token; the last event carries the finish reason.
+
+As many steps are in flight as the executor takes: with two, the next one is planned and submitted while the one
+before runs, so that the device does not wait for the host. What a request gets does not depend on it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ if TYPE_CHECKING:  # at run time it would load torch, which the scheduler's proc
     from engine.executor import Executor
 
 log = logging.getLogger(__name__)
+
+# Steps between per-layer timings. A probed step on a GPU runs operation by operation, which takes as long as several
+# captured ones.
+CPU_PROBE_INTERVAL = 16
+GPU_PROBE_INTERVAL = 1024
 
 
 class EngineCore:
@@ -55,11 +63,14 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self._probe_interval = config.probe_interval
+        if self._probe_interval is None:
+            self._probe_interval = CPU_PROBE_INTERVAL if self.info.backend == "torch" else GPU_PROBE_INTERVAL
         self._audit_interval = config.audit_interval if config.index_reuse == "audited" else 0
         self._executor = executor
         self._eos_token_ids = frozenset(self.info.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
         self._in_flight: deque[Step] = deque()
+        self._last_retired_s = 0.0
         self._events: list[RequestEvent] = []  # made between steps; leave with the next one
         self._dead: str | None = None
 
@@ -97,20 +108,21 @@ class EngineCore:
         self._events.append(self._last_event(state, FinishReason.ABORT))
 
     def has_work(self) -> bool:
-        """Whether `step` has something to run or to tell."""
-        return bool(self._requests or self._events)
+        """Whether `step` has something to run, to collect or to tell."""
+        return bool(self._requests or self._in_flight or self._events)
 
     def step(self) -> list[RequestEvent]:
-        """Run one step and return what it did.
+        """Submit steps until as many are in flight as may be, wait for the oldest and return what it did.
 
         EngineDead when the executor is gone, for good: unfinished requests then have no last event, and
         belong to whoever resubmits them.
         """
         self._check_alive()
-        started_s = time.monotonic()
         try:
-            if self._launch():
-                self._retire(started_s)
+            while len(self._in_flight) < self._executor.max_in_flight and self._launch():
+                pass
+            if self._in_flight:
+                self._retire()
         except EngineDead as error:
             self._dead = str(error)
             raise
@@ -135,9 +147,12 @@ class EngineCore:
             raise EngineDead(self._dead)
 
     def _launch(self) -> bool:
+        """Plan a step and submit it; whether there was something to plan."""
+        started_s = time.monotonic()
         step = self.scheduler.schedule()
         if step is None:
             return False
+        step.started_s = started_s
         plan = step.plan
         plan.probe = self._probe_interval > 0 and plan.step_id % self._probe_interval == 0
         plan.audit = self._audit_interval > 0 and plan.step_id % self._audit_interval == 0
@@ -150,7 +165,7 @@ class EngineCore:
         self._in_flight.append(step)
         return True
 
-    def _retire(self, started_s: float) -> None:
+    def _retire(self) -> None:
         """Take the result of the oldest step in flight: new tokens, log-probabilities, ends."""
         result = self._executor.collect()
         step = self._in_flight.popleft()
@@ -159,7 +174,10 @@ class EngineCore:
             self._retire_row(step, row_index, result)
         self.stats.add_result(result)
         self.stats.steps += 1
-        seconds = time.monotonic() - started_s
+        now_s = time.monotonic()
+        # Steps overlap: each counts from where the one before it ended.
+        seconds = now_s - max(step.started_s, self._last_retired_s)
+        self._last_retired_s = now_s
         self.stats.steps_s += seconds
         self.stats.observations.step_s.append(seconds)
         self.stats.observations.step_tokens.append(step.plan.num_tokens)
@@ -169,6 +187,9 @@ class EngineCore:
         row, state, token_id = step.plan.rows[row_index], step.requests[row_index], result.sampled[row_index]
         end = row.num_computed_tokens + row.num_scheduled_tokens
         self.stats.computed_prompt_tokens += max(0, min(end, state.prompt_len) - row.num_computed_tokens)
+        self.scheduler.collected(state, row)
+        if state.ended:
+            return
         if token_id == NOT_FINITE:
             self._end(state, findable=False)
             event = self._last_event(state, FinishReason.ERROR)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 _MASK64 = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
+MIX1 = 0xBF58476D1CE4E5B9
+MIX2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
@@ -20,14 +20,14 @@ def _signed(value: int) -> int:
 def _mix(value: int) -> int:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014) of a 64-bit value."""
     value &= _MASK64
-    value = ((value ^ (value >> 30)) * _MIX1) & _MASK64
-    value = ((value ^ (value >> 27)) * _MIX2) & _MASK64
+    value = ((value ^ (value >> 30)) * MIX1) & _MASK64
+    value = ((value ^ (value >> 27)) * MIX2) & _MASK64
     return value ^ (value >> 31)
 
 
 def noise_key(seed: int, position: int) -> int:
     """What the noise of all tokens of one (seed, position) starts from; int64."""
-    return _signed(_mix(_mix(seed) + (position + 1) * _GOLDEN))
+    return _signed(_mix(_mix(seed) + (position + 1) * GOLDEN))
 
 
 def _xor_shift(z: Tensor, bits: int) -> Tensor:
@@ -42,9 +42,9 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     The hash is exact wrapping 64-bit arithmetic, the same on every device; its upper 32 bits k give
     u = (k + 0.5) / 2^32. The token that wins has u near 0, where float32 is dense and log1p exact.
     """
-    z = keys + (token_ids + 1) * _signed(_GOLDEN)
-    z = _xor_shift(z, 30).mul_(_signed(_MIX1))
-    z = _xor_shift(z, 27).mul_(_signed(_MIX2))
+    z = keys + (token_ids + 1) * _signed(GOLDEN)
+    z = _xor_shift(z, 30).mul_(_signed(MIX1))
+    z = _xor_shift(z, 27).mul_(_signed(MIX2))
     z = _xor_shift(z, 31)
     k = (z >> 32).bitwise_and_(2**32 - 1)
     u = k.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)

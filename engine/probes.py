@@ -14,6 +14,9 @@ import torch
 from engine.kernels.batch import Phase
 from engine.types import LayerSeconds
 
+# About a GPU's clock; it only has to be near.
+_CLOCK_HZ = 1.8e9
+
 
 class Mark(Protocol):
     """A point in the device's order of work."""
@@ -66,6 +69,16 @@ class DeviceMark:
 def mark(device: torch.device) -> Mark:
     """Mark this point in the order of `device`."""
     return HostMark() if device.type == "cpu" else DeviceMark()
+
+
+def hold(device: torch.device, seconds: float) -> None:
+    """Keep a GPU busy for about so long, while the host queues what comes after.
+
+    Then the operations of a probed step run back to back, as they do in a captured one, and the marks around them
+    measure them and not the host's launches.
+    """
+    if device.type != "cpu":
+        torch.cuda._sleep(int(seconds * _CLOCK_HZ))
 
 
 class LayerProbe:

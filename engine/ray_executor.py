@@ -58,10 +58,16 @@ def ensure_ray(num_cpus: int) -> Callable[[], None] | None:
     return leave
 
 
+def rank_resources(backend: str, cluster: dict[str, float]) -> dict[str, float]:
+    """What Ray reserves for one rank: a GPU too, unless the backend is torch's or the cluster has none."""
+    on_gpu = backend == "triton" or (backend == "auto" and cluster.get("GPU", 0) > 0)
+    return {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": 1.0}
+
+
 @dataclass(frozen=True, slots=True)
 class _Outstanding:
     step_id: int
-    deadline: float
+    submitted_s: float
 
 
 class RayExecutor:
@@ -89,6 +95,7 @@ class RayExecutor:
         self._epoch = new_epoch()
         self._gate = Gate("executor", self._token, {Kind.RESULT: StepResult, Kind.FAILURE: str, Kind.HELLO: int})
         self._outstanding: deque[_Outstanding] = deque()
+        self._collected_s = 0.0
         self._lock = threading.Lock()
         self._cause: str | None = None
         self._closing = False
@@ -112,11 +119,13 @@ class RayExecutor:
 
     def _start(self, config: EngineConfig) -> EngineInfo:
         world_size = config.tensor_parallel_size
-        self._group = self._group or self._place(world_size)
+        bundle = rank_resources(config.backend, ray.cluster_resources())
+        self._group = self._group or self._place(world_size, bundle)
         actor_class = ray.remote(RankActor)
         for rank in range(world_size):
             options = actor_class.options(
-                num_cpus=1,
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
                 max_restarts=0,
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -155,8 +164,7 @@ class RayExecutor:
         log.info("worker group of %d up: pids %s, plan %s", world_size, self.worker_pids, infos[0].plan)
         return infos[0]
 
-    def _place(self, world_size: int) -> PlacementGroup:
-        bundle = {"CPU": 1.0}
+    def _place(self, world_size: int, bundle: dict[str, float]) -> PlacementGroup:
         group = placement_group([bundle] * world_size, strategy="STRICT_PACK")
         limit_s = min(PLACEMENT_TIMEOUT_S, self._start_deadline - time.monotonic())
         try:
@@ -213,14 +221,16 @@ class RayExecutor:
         except zmq.Again:
             self._fail("a rank does not read its steps")
             self.check_alive()
-        self._outstanding.append(_Outstanding(plan.step_id, time.monotonic() + self._step_timeout_s))
+        self._outstanding.append(_Outstanding(plan.step_id, time.monotonic()))
 
     def collect(self) -> StepResult:
         """Rank 0's answer to the oldest step that was submitted."""
         step = self._outstanding.popleft()
+        # It runs once the step before it is done.
+        started_s = max(step.submitted_s, self._collected_s)
         while True:
             self.check_alive()
-            left_s = step.deadline - time.monotonic()
+            left_s = started_s + self._step_timeout_s - time.monotonic()
             if left_s <= 0:
                 self._fail(f"step {step.step_id} took longer than {self._step_timeout_s:g} s")
                 continue
@@ -233,6 +243,7 @@ class RayExecutor:
             elif not isinstance(body, StepResult) or body.step_id != step.step_id:
                 self._fail(f"rank 0 answered step {header.sequence}, not {step.step_id}")
             else:
+                self._collected_s = time.monotonic()
                 return body
 
     def _receive(self, timeout_s: float) -> tuple[Header, Any] | None:

@@ -23,7 +23,7 @@ from engine.model.minimax_m3 import MiniMaxM3
 from engine.model.weights import CheckpointWeights, DummyWeights, WeightSource
 from engine.msa.audit import PendingOverlap
 from engine.parallel import TensorParallel
-from engine.probes import LayerProbe, Mark, mark
+from engine.probes import LayerProbe, Mark, hold, mark
 from engine.sampler import PendingLogprobs, SamplerState, pending_logprobs
 from engine.transfer import to_device, to_host
 from engine.types import NOT_FINITE, NOT_SAMPLED, EngineInfo, StepPlan, StepResult, StepRow
@@ -35,6 +35,8 @@ _PROMPT_LOGIT_ROWS = 256
 # on CPU for the other processes of the machine.
 CPU_MEMORY_FRACTION = 0.5
 GPU_MEMORY_FRACTION = 0.85
+# A probed step waits on the device for its launches to be queued: as long as the last one's took, at most this long.
+MAX_HOLD_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class ModelRunner:
         self._residents: list[Resident | None] = [None] * config.max_num_seqs
         self._launched: deque[_Launched] = deque()
         self._graphs: DecodeGraphs | None = None
+        self._probed_launch_s = MAX_HOLD_S
 
     def load(self) -> RankProposal:
         """Read this rank's weights. Raises CheckpointError or ConfigError."""
@@ -94,6 +97,11 @@ class ModelRunner:
         path = Path(config.model)
         kernels = resolve(config.backend)
         self.device = kernels.device
+        if self.parallel.size > 1 and self.device.type != "cpu":
+            raise ConfigError(
+                f"tensor_parallel_size={self.parallel.size}: on a GPU one rank is supported so far; "
+                "backend=torch runs groups on CPU"
+            )
         is_dummy = config.load_format == "dummy"
         weights: WeightSource = DummyWeights(config.seed, self.device) if is_dummy else CheckpointWeights(path)
         with torch.inference_mode():
@@ -253,7 +261,11 @@ class ModelRunner:
 
     def _eager(self, plan: StepPlan) -> _Launched:
         """A step of any rows, operation by operation."""
-        probe = LayerProbe(self.device) if plan.probe else None
+        entered_s = time.perf_counter()
+        probe = None
+        if plan.probe:
+            probe = LayerProbe(self.device)
+            hold(self.device, min(self._probed_launch_s, MAX_HOLD_S))
         token_ids, batch, slots = self._tables.batch(plan, self._residents, probe)
         started = mark(self.device)
         hidden = self.model.forward(token_ids, batch)
@@ -265,6 +277,8 @@ class ModelRunner:
             logits = self.model.logits(hidden.index_select(0, last))
             tokens = self._sample(logits, [slots[i] for i in sampling], [batch.seq_lens_host[i] for i in sampling])
         scores = self._score_prompts(plan.rows, hidden, batch)
+        if plan.probe:
+            self._probed_launch_s = time.perf_counter() - entered_s
         return self._answer(plan, sampling, tokens, logits, scores, probe, counts, started)
 
     def _sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
@@ -326,7 +340,10 @@ class ModelRunner:
                 if pool is None:
                     continue
                 if pool.dtype in FP8_DTYPES:
-                    pool.view(torch.uint8)[page_ids] = 0
+                    # Others may share the page: only codes that are not numbers go.
+                    codes = pool.view(torch.uint8)
+                    stored = codes[page_ids]
+                    codes[page_ids] = stored.masked_fill(pool[page_ids].float().isnan(), 0)
                 else:
                     pool[page_ids] = torch.nan_to_num(pool[page_ids])
 

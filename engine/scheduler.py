@@ -6,6 +6,10 @@ Decisions depend on the order of calls alone: no clock, no hashing order.
 
 Order: `running` then `waiting` is always the order of arrival. The oldest request can take every page of the
 younger ones and alone fits the pool, so each step moves it, and all work ends.
+
+A step is planned while earlier ones may still be in flight. The token that one of them samples counts from then
+on as known, by its position: the next row can stand on it, since steps run in order. What the token is, and so
+whether it is the last, shows when the step is collected; rows planned for a request that it ended are stale.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from engine.types import Logprobs, NewRequest, SamplingParams, StepPlan, StepRow
 class RequestState:
     """One unfinished request.
 
-    token_ids: everything known, prompt then output.  slot, page_ids: only while it runs.
+    token_ids: everything known, prompt then output.  num_pending_tokens: of those that follow, how many steps in
+    flight sample.  num_rows_in_flight: its rows in steps in flight.  ended: it got its last event, and what steps
+    in flight say of it is stale.  slot, page_ids: only while it runs.
     num_computed_tokens: as of the last planned step.  num_registered_pages: its first pages that are done
     with the prefix cache.  page_hashes: of its full pages, made when needed; valid in pool epoch `epoch`.
     num_cached_tokens: of its prompt, at first admission; None before.  prompt_logprobs: gathered so far, None
@@ -47,10 +53,19 @@ class RequestState:
     epoch: int = 0
     num_cached_tokens: int | None = None
     prompt_logprobs: list[Logprobs | None] | None = None
+    num_pending_tokens: int = 0
+    num_rows_in_flight: int = 0
+    ended: bool = False
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Known and pending."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_runnable_tokens(self) -> int:
+        """How many tokens wait to be computed: none once the last that max_tokens allows is being sampled."""
+        return 0 if self.num_tokens == self.max_tokens_total else self.num_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -64,17 +79,19 @@ class RequestState:
 
 @dataclass(slots=True)
 class Step:
-    """A plan on its way, with the request behind each of its rows."""
+    """A plan on its way, with the request behind each of its rows. started_s: time.monotonic() of its planning."""
 
     plan: StepPlan
     requests: list[RequestState]
+    started_s: float = 0.0
 
 
 class Scheduler:
     """Owns the queues, the slots and the pages.
 
-    `schedule` plans a step, which the caller runs; then, for each of its rows, the caller appends the sampled
-    token and calls `commit`, or `remove` when the request has ended.
+    `schedule` plans a step, which the caller runs. Steps are collected in the order of their plans: for each row
+    the caller calls `collected`, and unless the request has ended in the meantime it calls `commit` and appends
+    the sampled token, or calls `remove` when the request ends.
     """
 
     def __init__(self, pool: PagePool, stats: EngineStats, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -101,18 +118,30 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request: RequestState, *, findable: bool = True) -> None:
-        """Take a request out, wherever it is; its pages are free at once. findable=False: see
+        """Take a request out, wherever it is; its pages are free at once, also under a stale row: that writes
+        only behind what was committed, and before any step that gets the pages. findable=False: see
         PagePool.free."""
-        if request.slot < 0:
-            self.waiting.remove(request)
+        request.ended = True
+        if request.slot >= 0:
+            self.running.remove(request)
+            self._release(request, findable=findable)
             return
-        self.running.remove(request)
-        self._release(request, findable=findable)
+        self.waiting.remove(request)
+        if not findable:
+            # Preempted with the bad row in flight: its pages were left to be found.
+            left = [page_id for key in request.page_hashes for page_id in self.pool.match_prefix([key])]
+            self.pool.touch(left)
+            self.pool.free(left, findable=False)
+
+    def collected(self, request: RequestState, row: StepRow) -> None:
+        """The result of this row is there: it is not in flight any more, and what it sampled is not pending."""
+        request.num_rows_in_flight -= 1
+        request.num_pending_tokens -= row.sample
 
     def commit(self, request: RequestState, num_computed_tokens: int) -> None:
         """Make the full pages of the first `num_computed_tokens` tokens findable: their step was
-        collected."""
-        if not self.pool.enable_prefix_caching or request.epoch != self.pool.epoch:
+        collected. Not when the request was preempted in the meantime: the pages belong to others."""
+        if not self.pool.enable_prefix_caching or request.epoch != self.pool.epoch or request.slot < 0:
             return
         num_full_pages = num_computed_tokens // PAGE_SIZE
         self._extend_hashes(request, num_full_pages)
@@ -121,16 +150,22 @@ class Scheduler:
         request.num_registered_pages = max(request.num_registered_pages, num_full_pages)
 
     def schedule(self) -> Step | None:
-        """Plan the next step; None when there is nothing to do. A plan always holds the oldest request."""
+        """Plan the next step; None when there is nothing to do before a step in flight is collected.
+
+        A plan always holds the oldest request, unless that one waits for a step in flight.
+        """
         if not len(self):
             return None
         budget = self.max_num_batched_tokens
         rows: list[tuple[RequestState, StepRow]] = []
         new: list[NewRequest] = []
         # The list shrinks from its end while it is walked: see _grow.
-        while len(rows) < len(self.running) and budget > 0:
-            request = self.running[len(rows)]
-            num_scheduled_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+        for request in self.running:
+            num_scheduled_tokens = min(request.num_runnable_tokens, budget)
+            if not budget:
+                break
+            if not num_scheduled_tokens:
+                continue
             new_page_ids = self._grow(request, num_scheduled_tokens)
             if new_page_ids is None:
                 break
@@ -138,21 +173,27 @@ class Scheduler:
             budget -= num_scheduled_tokens
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            if not self._admit(request):
+            # The worker is to get all tokens of a request, so none may be pending.
+            if request.num_rows_in_flight or not self._admit(request):
                 break
             new.append(NewRequest(request.slot, list(request.token_ids), request.prompt_len, request.sampling))
             hits = list(request.page_ids)
-            num_scheduled_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_scheduled_tokens = min(request.num_runnable_tokens, budget)
             new_page_ids = self._grow(request, num_scheduled_tokens)
             assert new_page_ids is not None, "admission promised pages that are not there"
             rows.append((request, _advance(request, num_scheduled_tokens, hits + new_page_ids)))
             budget -= num_scheduled_tokens
-        assert rows, "unfinished requests, and none can run"
+        if not rows:
+            assert any(request.num_rows_in_flight for request in self), "unfinished requests, and none can run"
+            return None
         return self._step(rows, new)
 
     def _step(self, rows: list[tuple[RequestState, StepRow]], new: list[NewRequest]) -> Step:
         decode = [pair for pair in rows if _is_decode(*pair)]
         rows = decode + [pair for pair in rows if not _is_decode(*pair)]
+        for request, row in rows:
+            request.num_rows_in_flight += 1
+            request.num_pending_tokens += row.sample
         released, self._released = self._released, []
         self._last_step_id += 1
         plan = StepPlan(
@@ -258,4 +299,6 @@ def _advance(request: RequestState, num_scheduled_tokens: int, new_page_ids: lis
 
 
 def _is_decode(request: RequestState, row: StepRow) -> bool:
-    return row.num_scheduled_tokens == 1 and row.num_computed_tokens >= request.prompt_len
+    """Whether the row runs the newest token, an output. One output token of several that a request re-enters with
+    is not that: the worker has the newest token of a slot at hand, no other."""
+    return row.sample and row.num_scheduled_tokens == 1 and row.num_computed_tokens >= request.prompt_len

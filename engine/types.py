@@ -245,7 +245,7 @@ class StepRow:
 
     The worker keeps the request's tokens and block table: only what is new travels. Positions
     [num_computed_tokens, num_computed_tokens + num_scheduled_tokens) are computed; `sample` says that the last of
-    them is the last known token, so that the step yields a new one (which the worker appends to its own state).
+    them is the newest token, which a step in flight may still be sampling, so that this step yields another one.
     """
 
     slot: int
@@ -259,7 +259,7 @@ class StepRow:
 class StepPlan:
     """One step: the same for every rank of the group.
 
-    rows: decode rows (one token each) first, then prefill rows.  released: slots whose state is dropped before
+    rows: decode rows (one token each, the newest of their slot, and they sample) first, then prefill rows.  released: slots whose state is dropped before
     `new` is added.  probe: time indexer and attention per layer.  audit: select afresh, in shadow, in S layers.
     """
 

@@ -1,44 +1,30 @@
-"""`m3serve bench`: closed-loop speed of the engine alone, or of an HTTP endpoint."""
+"""`m3serve bench`: speed of single kernels, of the engine alone, or of an HTTP endpoint."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import Any
 
 from service.bench import http, offline
+from service.bench.arguments import add_kernels, add_slice, count, counts
 from service.serve_command import demo_checkpoint
 
 _EPILOG = """\
 examples:
+  m3serve bench kernels --dry-run                what each GPU operation costs at the least, without a GPU
+  m3serve bench slice --out slice.json           12 of M3's 60 layers on one GPU
   m3serve bench offline --model DIR --decode-batches 1,8,16
   m3serve bench http --url http://127.0.0.1:8000/v1 --streams 16 --metrics-url http://127.0.0.1:9400/metrics
 """
-
-
-def _counts(text: str) -> list[int]:
-    """A comma-separated list of positive numbers; an empty one switches the case off."""
-    try:
-        values = [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, got {text!r}") from None
-    if any(value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text!r}")
-    return values
-
-
-def _count(text: str) -> int:
-    [value] = _counts(text) or [0]
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
 
 
 def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
-        help="measure speed, offline or over HTTP",
+        help="measure speed: GPU kernels, the engine, or an HTTP endpoint",
         description="Measure speed; the results go to stdout as JSON, progress and a table to stderr.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,33 +34,37 @@ def add_parser(subparsers: Any) -> None:
     alone = kinds.add_parser("offline", help="the engine in this process, without Ray", allow_abbrev=False)
     alone.add_argument("--model", metavar="DIR", help="checkpoint; default: the demo checkpoint")
     alone.add_argument(
-        "--prefill-tokens", type=_counts, default=[2048, 8192], metavar="N,N", help="prompt lengths (2048,8192)"
+        "--prefill-tokens", type=counts, default=[2048, 8192], metavar="N,N", help="prompt lengths (2048,8192)"
     )
-    alone.add_argument("--decode-batches", type=_counts, default=[1, 8, 16], metavar="N,N", help="batch sizes (1,8,16)")
-    alone.add_argument(
-        "--context-tokens", type=_count, default=2048, metavar="N", help="prompt length of decode (2048)"
-    )
-    alone.add_argument("--decode-steps", type=_count, default=64, metavar="N", help="steps per decode case (64)")
-    alone.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs per prefill case (3)")
+    alone.add_argument("--decode-batches", type=counts, default=[1, 8, 16], metavar="N,N", help="batch sizes (1,8,16)")
+    alone.add_argument("--context-tokens", type=count, default=2048, metavar="N", help="prompt length of decode (2048)")
+    alone.add_argument("--decode-steps", type=count, default=64, metavar="N", help="steps per decode case (64)")
+    alone.add_argument("--repeats", type=count, default=3, metavar="N", help="runs per prefill case (3)")
     alone.add_argument("--dtype", default="auto", metavar="TEXT", help="bfloat16, float32 or auto (auto)")
-    alone.add_argument("--index-topk-freq", type=_count, metavar="N", help="one sparse layer in N selects")
-    alone.add_argument("--tensor-parallel-size", type=_count, default=1, metavar="N", help="ranks (1)")
-    alone.add_argument("--num-threads", type=_count, metavar="N", help="CPU threads; default: all cores")
+    alone.add_argument("--index-topk-freq", type=count, metavar="N", help="one sparse layer in N selects")
+    alone.add_argument("--tensor-parallel-size", type=count, default=1, metavar="N", help="ranks (1)")
+    alone.add_argument("--num-threads", type=count, metavar="N", help="CPU threads; default: all cores")
     alone.set_defaults(run=_offline)
     remote = kinds.add_parser("http", help="an OpenAI-compatible endpoint", allow_abbrev=False)
     remote.add_argument("--url", default="http://127.0.0.1:8000/v1", help="base URL (http://127.0.0.1:8000/v1)")
     remote.add_argument("--model", metavar="NAME", help="model name; default: the first that is served")
-    remote.add_argument("--streams", type=_count, default=16, metavar="N", help="streams at the same time (16)")
-    remote.add_argument("--requests", type=_count, metavar="N", help="requests in all; default: one per stream")
-    remote.add_argument("--input-tokens", type=_count, default=1024, metavar="N", help="prompt length (1024)")
-    remote.add_argument("--output-tokens", type=_count, default=64, metavar="N", help="tokens per request (64)")
+    remote.add_argument("--streams", type=count, default=16, metavar="N", help="streams at the same time (16)")
+    remote.add_argument("--requests", type=count, metavar="N", help="requests in all; default: one per stream")
+    remote.add_argument("--input-tokens", type=count, default=1024, metavar="N", help="prompt length (1024)")
+    remote.add_argument("--output-tokens", type=count, default=64, metavar="N", help="tokens per request (64)")
     remote.add_argument(
-        "--max-token-id", type=_count, default=4000, metavar="N", help="prompts are random ids below this (4000)"
+        "--max-token-id", type=count, default=4000, metavar="N", help="prompts are random ids below this (4000)"
     )
     remote.add_argument("--metrics-url", help="the service's exporter, for CPU seconds per 1k tokens")
     remote.add_argument("--timeout-s", type=float, default=600.0, metavar="X", help="limit for one request (600)")
     remote.add_argument("--api-key", help="sent as a bearer token")
     remote.set_defaults(run=_http)
+    kernels = kinds.add_parser("kernels", help="every GPU operation beside its floor", allow_abbrev=False)
+    add_kernels(kernels)
+    kernels.set_defaults(run=_kernels)
+    part = kinds.add_parser("slice", help="the engine on 12 layers of one M3 rank, on one GPU", allow_abbrev=False)
+    add_slice(part)
+    part.set_defaults(run=_slice)
     for kind in (alone, remote):
         kind.add_argument("--out", metavar="FILE", help="write the JSON here instead of stdout")
 
@@ -111,3 +101,14 @@ def _http(args: argparse.Namespace) -> int:
         timeout_s=args.timeout_s,
         api_key=args.api_key,
     )
+
+
+# By name: the other commands need neither torch nor Triton.
+def _kernels(args: argparse.Namespace) -> int:
+    status: int = importlib.import_module("service.bench.kernels").from_args(args)
+    return status
+
+
+def _slice(args: argparse.Namespace) -> int:
+    status: int = importlib.import_module("service.bench.slice").from_args(args)
+    return status

@@ -17,7 +17,7 @@ PREPARE: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig({
 # Attention of decode rows. BLOCK_N: keys per step of a program; it divides 128.
 _MFMA16 = {"matrix_instr_nonkdim": 16}
 SPARSE_DECODE: Table = {
-    SM90: LaunchConfig({"BLOCK_N": 128}, num_warps=4, num_stages=2),
+    SM90: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=5),
     GFX942: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
     GFX950: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
     INTERPRET: LaunchConfig({"BLOCK_N": 128}),
@@ -48,18 +48,14 @@ DECODE_FLOAT32: Table = {
     INTERPRET: LaunchConfig({"BLOCK_N": 128}),
 }
 # (programs per unit, most splits of a row): how finely the keys of a row are split.
-SPARSE_DECODE_PROGRAMS = {SM90: (2, 32), GFX942: (4, 16), GFX950: (4, 16), INTERPRET: (4, 4)}
-DENSE_DECODE_PROGRAMS = {SM90: (4, 128), GFX942: (4, 64), GFX950: (4, 64), INTERPRET: (4, 4)}
+SPARSE_DECODE_PROGRAMS = {SM90: (1, 32), GFX942: (4, 16), GFX950: (4, 16), INTERPRET: (4, 4)}
+DENSE_DECODE_PROGRAMS = {SM90: (2, 128), GFX942: (4, 64), GFX950: (4, 64), INTERPRET: (4, 4)}
 ATTENTION_MERGE: Table = {
-    SM90: LaunchConfig(num_warps=2, num_stages=1, cuda={"launch_pdl": True}),
-    GFX942: LaunchConfig(num_warps=2, num_stages=1),
-    GFX950: LaunchConfig(num_warps=2, num_stages=1),
+    SM90: LaunchConfig(num_warps=1, num_stages=1, cuda={"launch_pdl": True}),
+    GFX942: LaunchConfig(num_warps=4, num_stages=1),
+    GFX950: LaunchConfig(num_warps=4, num_stages=1),
     INTERPRET: LaunchConfig(),
 }
-# Where the last program of a row merges in place of a second kernel. Not on AMD: there the waves of a program that
-# do not take the ticket have not waited for their stores.
-DECODE_TICKETS: frozenset[str] = frozenset()
-
 # Dense attention of prefill rows. BLOCK_M: tokens times query heads of one KV head; BLOCK_N: as above. 128 registers:
 # two programs fit on a multiprocessor, and one computes on the matrix units while the other takes its softmax.
 DENSE_PREFILL: Table = {
@@ -71,7 +67,7 @@ DENSE_PREFILL: Table = {
 DENSE_PREFILL_FP8: Table = {
     SM90: LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
     GFX942: LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=1, hip=_MFMA16),
-    GFX950: LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=1, hip=_MFMA16),
+    GFX950: LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=1, hip=_MFMA16),
     INTERPRET: LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}),
 }
 DENSE_PREFILL_FLOAT32: Table = {
@@ -92,40 +88,30 @@ BLOCK_UNIONS: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchCon
 # Where a group selects more than 64 blocks.
 BLOCK_UNIONS_WIDE: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=16, num_stages=1))
 SPARSE_UNION: Table = {
-    SM90: LaunchConfig({"SUB": 64}, num_warps=4, num_stages=2),
-    GFX942: LaunchConfig({"SUB": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
+    SM90: LaunchConfig({"SUB": 64}, num_warps=4, num_stages=3),
+    GFX942: LaunchConfig({"SUB": 32}, num_warps=4, num_stages=1, hip=_MFMA16),
     GFX950: LaunchConfig({"SUB": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
     INTERPRET: LaunchConfig({"SUB": 128}),
 }
+SPARSE_UNION_FP8: Table = {
+    SM90: LaunchConfig({"SUB": 32}, num_warps=4, num_stages=3),
+    GFX942: LaunchConfig({"SUB": 32}, num_warps=4, num_stages=1, hip=_MFMA16),
+    GFX950: LaunchConfig({"SUB": 32}, num_warps=4, num_stages=1, hip=_MFMA16),
+    INTERPRET: LaunchConfig({"SUB": 128}),
+}
 SPARSE_UNION_FP32: Table = {
-    SM90: LaunchConfig({"SUB": 32}, num_warps=8, num_stages=1),
+    SM90: LaunchConfig({"SUB": 16}, num_warps=8, num_stages=1),
     GFX942: LaunchConfig({"SUB": 32}, num_warps=8, num_stages=1, hip=_MFMA16),
     GFX950: LaunchConfig({"SUB": 32}, num_warps=8, num_stages=1, hip=_MFMA16),
     INTERPRET: LaunchConfig({"SUB": 64}),
 }
-# Groups whose lists are longer than that part of the longest possible one attend token by token.
-SPARSE_UNION_PERCENT = {SM90: 75, GFX942: 75, GFX950: 75, INTERPRET: 60}
-# LOOP: tokens of a group that one program takes.
-SPARSE_TOKEN: Table = {
-    SM90: LaunchConfig({"SUB": 128, "LOOP": 1}, num_warps=4, num_stages=3),
-    GFX942: LaunchConfig({"SUB": 32, "LOOP": 1}, num_warps=1, num_stages=1, hip=_MFMA16),
-    GFX950: LaunchConfig({"SUB": 64, "LOOP": 1}, num_warps=1, num_stages=1, hip=_MFMA16),
-    INTERPRET: LaunchConfig({"SUB": 128, "LOOP": 1}),
-}
-SPARSE_TOKEN_FP32: Table = {
-    SM90: LaunchConfig({"SUB": 32, "LOOP": 1}, num_warps=4, num_stages=1),
-    GFX942: LaunchConfig({"SUB": 32, "LOOP": 1}, num_warps=4, num_stages=1, hip=_MFMA16),
-    GFX950: LaunchConfig({"SUB": 32, "LOOP": 1}, num_warps=4, num_stages=1, hip=_MFMA16),
-    INTERPRET: LaunchConfig({"SUB": 64, "LOOP": 1}),
-}
-
 # --- Linear layers (triton_linear.py) ---
 
 # Above it, torch's GEMM.
-LINEAR_MAX_TOKENS: dict[str, int] = {SM90: 64, GFX942: 64, GFX950: 64, INTERPRET: 64}
-# One token: multiply and reduce; BLOCK_K decides the warps. With SPLITS: the kernel of the buckets below.
+LINEAR_MAX_TOKENS: dict[str, int] = {SM90: 16, GFX942: 16, GFX950: 16, INTERPRET: 16}
+# One token: multiply and reduce; BLOCK_K decides the warps.
 LINEAR_ONE: Table = {
-    SM90: LaunchConfig({"BLOCK_N": 4, "BLOCK_K": 2048}, num_stages=1),
+    SM90: LaunchConfig({"BLOCK_N": 2, "BLOCK_K": 2048}, num_stages=1),
     GFX942: LaunchConfig({"BLOCK_N": 4, "BLOCK_K": 2048}, num_stages=1),
     GFX950: LaunchConfig({"BLOCK_N": 4, "BLOCK_K": 2048}, num_stages=1),
     INTERPRET: LaunchConfig({"BLOCK_N": 16, "BLOCK_K": 64}),
@@ -133,32 +119,18 @@ LINEAR_ONE: Table = {
 _NK16 = {"matrix_instr_nonkdim": 16}
 # Up to 16 tokens.
 LINEAR_16: Table = {
-    SM90: LaunchConfig({"BLOCK_N": 16, "BLOCK_K": 256, "SPLITS": 1}, num_warps=4, num_stages=5),
-    GFX942: LaunchConfig({"BLOCK_N": 16, "BLOCK_K": 256, "SPLITS": 1}, num_warps=4, num_stages=2, hip=_NK16),
-    GFX950: LaunchConfig({"BLOCK_N": 16, "BLOCK_K": 256, "SPLITS": 1}, num_warps=4, num_stages=2, hip=_NK16),
-    INTERPRET: LaunchConfig({"BLOCK_N": 32, "BLOCK_K": 32, "SPLITS": 1}),
+    SM90: LaunchConfig({"BLOCK_N": 16, "BLOCK_K": 256}, num_warps=2, num_stages=5),
+    GFX942: LaunchConfig({"BLOCK_N": 16, "BLOCK_K": 256}, num_warps=4, num_stages=2, hip=_NK16),
+    GFX950: LaunchConfig({"BLOCK_N": 16, "BLOCK_K": 256}, num_warps=4, num_stages=2, hip=_NK16),
+    INTERPRET: LaunchConfig({"BLOCK_N": 32, "BLOCK_K": 32}),
 }
 # The same for weights of many rows (the LM head).
 LINEAR_16_WIDE: Table = {
-    SM90: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 1}, num_warps=4, num_stages=4),
-    GFX942: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 1}, num_warps=4, num_stages=2, hip=_NK16),
-    GFX950: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 1}, num_warps=4, num_stages=2, hip=_NK16),
-    INTERPRET: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 32, "SPLITS": 1}),
+    SM90: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=4),
+    GFX942: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=2, hip=_NK16),
+    GFX950: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=2, hip=_NK16),
+    INTERPRET: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 32}),
 }
-# 17 to 64 tokens.
-LINEAR_64: Table = {
-    SM90: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 2}, num_warps=4, num_stages=4),
-    GFX942: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 4}, num_warps=4, num_stages=2, hip=_NK16),
-    GFX950: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 4}, num_warps=4, num_stages=2, hip=_NK16),
-    INTERPRET: LaunchConfig({"BLOCK_N": 32, "BLOCK_K": 32, "SPLITS": 2}),
-}
-LINEAR_64_WIDE: Table = {
-    SM90: LaunchConfig({"BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 1}, num_warps=4, num_stages=4),
-    GFX942: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 1}, num_warps=4, num_stages=2, hip=_NK16),
-    GFX950: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 1}, num_warps=4, num_stages=2, hip=_NK16),
-    INTERPRET: LaunchConfig({"BLOCK_N": 64, "BLOCK_K": 32, "SPLITS": 1}),
-}
-LINEAR_SUM: Table = {arch: LaunchConfig({"BLOCK": 1024}) for arch in (SM90, GFX942, GFX950, INTERPRET)}
 
 # --- Mixture of experts (triton_moe.py) ---
 
@@ -271,22 +243,27 @@ QK_NORM_ROPE_MANY: Table = {
 }
 
 # triton_index
-# Decode programs per unit, in all; DOT: score on the matrix units; STAGES: blocks in flight per program.
-INDEX_DECODE_PROGRAMS: dict[str, int] = {SM90: 8, GFX942: 5, GFX950: 5, INTERPRET: 2}
+# Decode programs per unit: of a row that has its own, and of rows that share them.
+INDEX_DECODE_PROGRAMS = {SM90: (8, 6), GFX942: (5, 5), GFX950: (5, 5), INTERPRET: (2, 2)}
+# DOT: score on the matrix units, padded to 16 heads.  STAGES: blocks in flight per program.
 INDEX_SCORE_DECODE: Table = {
-    SM90: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
+    SM90: LaunchConfig({"DOT": 1, "STAGES": 3}, num_warps=4, num_stages=1),
     GFX942: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
     GFX950: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
     INTERPRET: LaunchConfig({"DOT": 0, "STAGES": 1}),
 }
-INDEX_SCORE_DECODE_FP32: Table = {
+# Rows that have their own programs.
+INDEX_SCORE_DECODE_SMALL: Table = {
     SM90: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=8, num_stages=1),
-    GFX942: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=8, num_stages=1),
-    GFX950: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=8, num_stages=1),
+    GFX942: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
+    GFX950: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
     INTERPRET: LaunchConfig({"DOT": 0, "STAGES": 1}),
 }
+INDEX_SCORE_DECODE_FP32: Table = dict.fromkeys(
+    (SM90, GFX942, GFX950, INTERPRET), LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=8, num_stages=1)
+)
 INDEX_SELECT_DECODE: Table = {
-    SM90: LaunchConfig(num_warps=1, num_stages=1),
+    SM90: LaunchConfig(num_warps=1, num_stages=1, cuda={"launch_pdl": True}),
     GFX942: LaunchConfig(num_warps=1, num_stages=1),
     GFX950: LaunchConfig(num_warps=1, num_stages=1),
     INTERPRET: LaunchConfig(num_warps=1),
@@ -298,18 +275,19 @@ INDEX_SCORE_PREFILL: Table = {
     INTERPRET: LaunchConfig({"BLOCK_Q": 32}),
 }
 INDEX_SCORE_PREFILL_FP32: Table = {
-    SM90: LaunchConfig({"BLOCK_Q": 32}, num_warps=8, num_stages=1),
-    GFX942: LaunchConfig({"BLOCK_Q": 32}, num_warps=8, num_stages=1),
-    GFX950: LaunchConfig({"BLOCK_Q": 32}, num_warps=8, num_stages=1),
+    SM90: LaunchConfig({"BLOCK_Q": 16}, num_warps=8, num_stages=1),
+    GFX942: LaunchConfig({"BLOCK_Q": 32}, num_warps=8, num_stages=1, hip=_MFMA16),
+    GFX950: LaunchConfig({"BLOCK_Q": 32}, num_warps=8, num_stages=1, hip=_MFMA16),
     INTERPRET: LaunchConfig({"BLOCK_Q": 32}),
 }
 # SCORES: how many a thread holds.
 INDEX_SELECT_PREFILL: Table = {
-    SM90: LaunchConfig({"SCORES": 64}, num_stages=1),
-    GFX942: LaunchConfig({"SCORES": 32}, num_stages=1),
-    GFX950: LaunchConfig({"SCORES": 32}, num_stages=1),
+    SM90: LaunchConfig({"SCORES": 32}, num_stages=1),
+    GFX942: LaunchConfig({"SCORES": 16}, num_stages=1),
+    GFX950: LaunchConfig({"SCORES": 16}, num_stages=1),
     INTERPRET: LaunchConfig({"SCORES": 64}),
 }
+
 
 # The router. SPLIT_K: columns of hidden that one program sums; the two entries for decode share it and BLOCK_K, and so
 # the order of the sums.
@@ -319,7 +297,7 @@ def _route(tokens: int, experts: int, k: int, split: int, experts_on_m: int, war
 
 
 ROUTE_LOGITS: Table = {
-    SM90: _route(16, 16, 64, 256, 0, 2, 4),
+    SM90: _route(16, 32, 64, 256, 0, 4, 4),
     GFX942: _route(16, 32, 64, 128, 0, 2, 2),
     GFX950: _route(16, 32, 64, 128, 0, 2, 2),
     INTERPRET: _route(16, 16, 32, 64, 0, 4, 2),

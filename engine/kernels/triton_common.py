@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """What several Triton kernels share."""
 
 from __future__ import annotations

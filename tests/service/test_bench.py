@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from engine.kernels.api import resolve
 from service import cli
+from service.bench import floors, kernel_cases, kernels
+from service.bench.floors import H100, M3_RANK, Floor
+from service.bench.gpu_timing import Protocol
+from service.bench.kernel_inputs import Bench
+from service.bench.slice_model import TINY_RANK, SliceFloors
 from tests.cluster import Cluster, free_port, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+K = 1024
 
 
 def test_offline(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,3 +64,193 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     assert cli.main(["bench", "http", "--url", url]) == 1
     assert f"error: {url} cannot be measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("floor", "us"),
+    [
+        (floors.indexer_decode(M3_RANK, 64, 32 * K), 178),
+        (floors.indexer_decode(M3_RANK, 1, 128 * K), 11.1),
+        (floors.indexer_decode(M3_RANK, 64, 32 * K, floors.FP8), 178 * 132 / 256),
+        (floors.sparse_decode(M3_RANK, 64, 32 * K), 22.3),
+        (floors.sparse_decode(M3_RANK, 1, 8 * K), 0.35),
+        (floors.dense_decode(M3_RANK, 64, 32 * K), 356),
+        (floors.indexer_prefill(M3_RANK, 8 * K, 8 * K), 10.9),
+        (floors.indexer_prefill(M3_RANK, 8 * K, 128 * K), 337),
+        (floors.sparse_prefill(M3_RANK, 8 * K, 32 * K), 174),
+        (floors.dense_prefill(M3_RANK, 8 * K, 8 * K), 348),
+        (floors.qk_norm_rope_insert(M3_RANK, 8 * K, index=True), 27.8),
+        (floors.add_rms_norm(M3_RANK, 8 * K), 133),
+        (floors.linear(50016, 6144, 1), 203.5),
+        (floors.experts(M3_RANK, 1), 46.9),
+        (floors.experts(M3_RANK, 8 * K), 1468),
+    ],
+)
+def test_floors(floor: Floor, us: float) -> None:
+    """Worked out by hand from the sizes of one M3 rank, at 3.02 TB/s and 790 TFLOP/s."""
+    assert floor.us(H100) == pytest.approx(us, rel=5e-3)
+    assert floor.kind(H100) == ("FLOP" if floor.flops / 790e12 * 1e6 > 0.99 * us else "bytes")
+
+
+def test_pairs_of_sparse_prefill() -> None:
+    for queries, context, limit in [(5, 5, 3), (5, 20, 3), (3, 4, 9), (4, 8, 7), (1, 1, 1), (6, 9, 6)]:
+        visible = range(context - queries + 1, context + 1)
+        assert floors.selected_pairs(queries, context, limit) == sum(min(keys, limit) for keys in visible)
+        assert floors.causal_pairs(queries, context) == sum(visible)
+
+
+def test_floors_of_the_slice() -> None:
+    slice_floors = SliceFloors(M3_RANK, "DDD" + "F" * 9, element=2, kv_element=2, index_element=2)
+    # 9 x 5 experts, 12 attentions, 3 dense MLPs, the head: what one token reads.
+    assert slice_floors.weight_bytes(4.0) == pytest.approx(2.9e9, rel=0.03)
+    assert slice_floors.decode(1, 8 * K, 4.0).us(H100) == pytest.approx(970, rel=0.03)
+    # 2 x 1.15 G weights a token, and attention.
+    assert slice_floors.prefill(8 * K).flops == pytest.approx(18.8e12 + 1.9e12, rel=0.02)
+    lean = SliceFloors(M3_RANK, "DDDFSSSFSSSF", element=2, kv_element=2, index_element=2)
+    saved = slice_floors.decode(64, 32 * K, 111.0).num_bytes - lean.decode(64, 32 * K, 111.0).num_bytes
+    index_weights = 2 * 256 * 6144
+    assert saved == 6 * (64 * 32 * K * 256 + index_weights)
+    assert floors.expected_experts(128, 4, 64) == pytest.approx(111.2, abs=0.1)
+
+
+def test_kernels_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "kernels.json"
+    assert cli.main(["bench", "kernels", "--dry-run", "--filter", "indexer decode 8k", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == [
+        f"indexer decode {n} x 8k{fp8}" for fp8 in ("", " fp8") for n in (1, 16, 64)
+    ]
+    assert rows[2].pop("floor_us") == pytest.approx(44.44, rel=1e-3)
+    assert rows[2] == {
+        "case": "indexer decode 64 x 8k",
+        "time_us": None,
+        "floor": "bytes",
+        "ratio": None,
+        "baseline_us": 52.3,
+        "baseline": "vLLM 0.33",
+    }
+    printed = capsys.readouterr()
+    assert printed.out == "" and "baseline_us" in printed.err
+
+
+def test_every_published_time_belongs_to_a_case() -> None:
+    names = [case.name for case in kernel_cases.all_cases(M3_RANK)]
+    assert len(set(names)) == len(names)
+    assert kernels.VLLM_US.keys() <= set(names)
+
+
+def _tiny_bench() -> Bench:
+    return Bench(resolve("torch"), TINY_RANK, torch.float32, cold_bytes=1e3, max_len=1024, min_calls=2)
+
+
+def test_kernel_cases_run() -> None:
+    """Every case prepares its inputs and calls its operation; without a GPU, the oracle's."""
+    sizes = kernel_cases.Sizes(
+        decode=((2, 700),),
+        prefill=((64, 700),),
+        dense_decode=((2, 300),),
+        dense_prefill=((64, 300),),
+        layer_tokens=(2,),
+        weight_tokens=(2,),
+        sampled=(1,),
+    )
+    cases = kernel_cases.all_cases(TINY_RANK, sizes)
+    rows = kernels.measure_cases(cases, _tiny_bench(), H100, Protocol(0, 1))
+    assert [row["case"] for row in rows] == [case.name for case in cases]
+    for row in rows:
+        assert "error" not in row, row
+        if row["time_us"] is None:
+            assert row["case"].startswith(("block unions", "sample")) and row["note"]
+        else:
+            assert row["ratio"] == pytest.approx(row["time_us"] / row["floor_us"])
+    baselines = {row["baseline"] for row in rows if row["case"].startswith("linear")}
+    assert baselines == {"F.linear"}
+    hit = next(row for row in rows if row["case"] == "experts 2")
+    assert hit["note"].endswith("routed experts hit")
+
+
+def test_a_failing_kernel_does_not_hide_the_others() -> None:
+    def fails(bench: Bench) -> kernel_cases.Calls:
+        raise RuntimeError("out of registers\nand more")
+
+    works = kernel_cases.Case("works", Floor(1.0), lambda bench: kernel_cases.Calls(lambda call: None, 1))
+    cases = [kernel_cases.Case("fails", Floor(1.0), fails), works]
+    rows = kernels.measure_cases(cases, _tiny_bench(), H100, Protocol(0, 1))
+    assert rows[0]["error"] == "RuntimeError: out of registers" and rows[1]["time_us"] is not None
+
+
+def test_kernels_need_few_libraries() -> None:
+    absent = ("fastapi", "httpx", "pydantic", "ray", "safetensors", "tokenizers", "transformers", "zmq", "msgspec")
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
+        "from service.bench import kernels\n"
+        "sys.exit(kernels.main(['--dry-run', '--filter', 'swiglu']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 3
+
+
+def test_slice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "slice.json"
+    sizes = ["--prefill-tokens", "150", "--concurrency", "1,3", "--context-tokens", "500", "--decode-steps", "4"]
+    settings = ["--backend", "torch", "--dtype", "float32", "--set", "num_threads=1", "--set", "probe_interval=1"]
+    loop = ["--repeats", "1", "--requests-per-stream", "2"]
+    assert cli.main(["bench", "slice", "--tiny", *sizes, *settings, *loop, "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert [engine["plan"] for engine in document["engines"]] == ["DDD" + "F" * 9, "DDDFSSSFSSSF"]
+    assert 2.0 == document["engines"][0]["coverage"]["1"] < document["engines"][0]["coverage"]["3"]
+    rows: list[dict[str, Any]] = document["rows"]
+    cases = ["prefill", "decode", "closed loop", "decode", "closed loop"]
+    assert [row["case"] for row in rows] == cases * 2
+    for row in rows:
+        if row["case"] == "decode":
+            assert row["tok_per_s"] == pytest.approx(row["concurrency"] / row["tpot_ms"] * 1e3)
+            assert row["preemptions"] == 0 and row["ratio"] > 1 and 0 < row["indexer_share"] < 1
+            assert set(row["indexer_ms_per_layer"]) == set(map(str, range(3, 12, row["freq"])))
+        elif row["case"] == "closed loop":
+            assert row["requests"] == 2 * row["concurrency"]
+    assert [(gain["freq"], gain["concurrency"]) for gain in document["gains"]] == [(4, 1), (4, 3)]
+    for gain in document["gains"]:
+        assert gain["predicted_gain"] == pytest.approx(gain["indexer_share"] * 2 / 3)
+    printed = capsys.readouterr()
+    assert printed.out == "" and "measured_gain" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kernels", "--filter", "indexer decode 7k"], "matches no case; there are: indexer decode, sparse decode"),
+        (["kernels", "--max-len", "0"], "must be positive numbers, got '0'"),
+        (["slice", "--tiny", "--freqs", "1,x"], "must be numbers separated by commas, got '1,x'"),
+        (["slice", "--tiny", "--set", "eager"], "--set 'eager' must be NAME=VALUE"),
+        (["slice", "--tiny", "--set", "eager=true"], "unknown settings ['eager']"),
+        (["slice", "--tiny", "--bandwidth", "0"], "--bandwidth must be positive, got 0.0"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = cli.main(["bench", *arguments])
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else -1
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("kind", "way_out"), [("kernels", "--dry-run"), ("slice", "--tiny")])
+def test_no_gpu(kind: str, way_out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", kind]) == 2
+    message = capsys.readouterr().err
+    assert "torch sees none" in message and way_out in message
+
+
+@pytest.mark.parametrize("kind", ["kernels", "slice"])
+def test_help_teaches(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", kind, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "floor" in text.lower() and f"m3serve bench {kind} --out" in text

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.engine import EngineCore
 from engine.errors import CheckpointError, ConfigError, EngineDead
 from engine.executor import Executor, InlineExecutor
-from engine.ray_executor import RayExecutor
+from engine.ray_executor import RayExecutor, rank_resources
 from engine.transport import Gate, Header, Kind, connect_push, encode, new_token, pack
 from engine.types import EngineRequest, NewRequest, SamplingParams, StepPlan, StepResult, StepRow
 from tests.cluster import Cluster, process_exists, wait_until
@@ -202,3 +202,9 @@ def test_strangers_change_nothing_and_a_failing_step_names_its_rank(cluster: Clu
             stranger.close()
         context.term()
         executor.close()
+
+
+def test_a_rank_asks_for_a_gpu_where_it_runs_on_one() -> None:
+    assert rank_resources("torch", {"CPU": 8, "GPU": 4}) == {"CPU": 1}
+    assert rank_resources("auto", {"CPU": 8}) == {"CPU": 1}
+    assert rank_resources("auto", {"CPU": 8, "GPU": 4}) == rank_resources("triton", {"CPU": 8}) == {"CPU": 1, "GPU": 1}

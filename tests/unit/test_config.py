@@ -457,7 +457,7 @@ INTEGERS = {
     "seed": 0,
     "num_threads": 1,
 }
-UNSET = {"max_model_len", "num_pages", "num_threads"}
+UNSET = {"max_model_len", "num_pages", "probe_interval", "num_threads"}
 CHOICES = ("backend", "dtype", "load_format", "index_reuse", "kv_cache_dtype", "index_cache_dtype")
 
 

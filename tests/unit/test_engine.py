@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from engine.config import EngineConfig
 from engine.engine import EngineCore
 from engine.errors import ConfigError, EngineDead, RequestError
-from engine.types import EngineRequest, FinishReason, LayerOverlap, LayerSeconds, StepResult
+from engine.types import EngineRequest, FinishReason, LayerOverlap, LayerSeconds, StepPlan, StepResult
 from tests.unit.worker_model import (
     EOS_TOKEN_IDS,
     POISON_SEED,
@@ -204,3 +205,123 @@ def test_stats_count_and_drain_once() -> None:
         assert len(getattr(observations, name)) == 2 and min(getattr(observations, name)) >= 0
     assert len(observations.step_s) == 4 and sum(observations.step_s) == pytest.approx(stats.steps_s)
     assert not stats.drain().step_s
+
+
+def observed(core: EngineCore, executor: CheckingExecutor) -> list[tuple[str, int]]:
+    """What the executor is asked, in order: ("submit" or "collect", step id)."""
+    calls: list[tuple[str, int]] = []
+    submit, collect = executor.submit, executor.collect
+
+    def observed_submit(plan: StepPlan) -> None:
+        calls.append(("submit", plan.step_id))
+        submit(plan)
+
+    def observed_collect() -> StepResult:
+        result = collect()
+        calls.append(("collect", result.step_id))
+        return result
+
+    executor.submit, executor.collect = observed_submit, observed_collect  # type: ignore[method-assign]
+    return calls
+
+
+def test_next_step_is_submitted_before_the_last_is_collected() -> None:
+    for max_in_flight, order in (
+        (1, ["s1", "c1", "s2", "c2", "s3", "c3", "s4", "c4"]),
+        (2, ["s1", "s2", "c1", "s3", "c2", "s4", "c3", "c4"]),
+        (3, ["s1", "s2", "s3", "c1", "s4", "c2", "c3", "c4"]),
+    ):
+        core, executor = make_core(max_in_flight=max_in_flight)
+        calls = observed(core, executor)
+        request = make_request("r", 20, max_tokens=4, ignore_eos=True)
+        assert same(run(core, request)["r"], expected(request))
+        assert [f"{name[0]}{step_id}" for name, step_id in calls] == order
+        assert core.stats.steps == 4 and core.step() == [] and len(calls) == 8
+
+
+@pytest.mark.parametrize("max_in_flight", [2, 3])
+def test_rows_behind_the_stop_token_are_ignored_and_their_steps_collected(max_in_flight: int) -> None:
+    core, executor = make_core(max_in_flight=max_in_flight)
+    prompt_lens = (n for n in range(1, 128) if n + len(expected(make_request("r", n, max_tokens=200)).token_ids) == 128)
+    request = make_request("r", next(prompt_lens), max_tokens=200)
+    answer = run(core, request)["r"]
+    num_tokens = len(answer.token_ids)
+    assert same(answer, expected(request)) and answer.finish_reason is FinishReason.STOP
+    assert len(executor.plans) == core.stats.steps == num_tokens + max_in_flight - 1
+    assert core.stats.generation_tokens == num_tokens and not executor.num_in_flight
+    assert list(core.stats.drain().generation_tokens) == [num_tokens]
+    # The stop token fills the page, and only a stale row computed it.
+    whole = request.prompt_token_ids + answer.token_ids
+    assert run(core, make_request("again", [*whole, 5], max_tokens=1))["again"].num_cached_tokens == 0
+    assert executor.plans[num_tokens + max_in_flight - 1].released == [0]
+
+
+@pytest.mark.parametrize("max_in_flight", [2, 3])
+def test_abort_with_rows_in_flight_is_the_last_word(max_in_flight: int) -> None:
+    core, executor = make_core(max_in_flight=max_in_flight)
+    core.add_request(make_request("r", 300, max_tokens=9, ignore_eos=True))
+    assert len(core.step()) == 1 and executor.num_in_flight == max_in_flight - 1
+    core.abort("r")
+    assert not core.pool.num_held and core.has_work()
+    [event] = core.step()
+    assert event.finish_reason is FinishReason.ABORT and not event.token_ids
+    # The id is free again, while a step of its first owner may still be in flight.
+    request = make_request("r", 200, max_tokens=3, ignore_eos=True)
+    assert same(run(core, request)["r"], expected(request))
+    assert executor.num_in_flight == 0 and core.stats.generation_tokens == 1 + 3
+
+
+def test_logits_not_finite_with_rows_behind_end_the_request_once() -> None:
+    core, executor = make_core(max_in_flight=3)
+    request = make_request("r", 20, max_tokens=9, seed=POISON_SEED, min_tokens=9)
+    assert same(run(core, request)["r"], expected(request))
+    assert core.stats.finished[FinishReason.ERROR] == 1 and len(executor.plans) == 5
+
+
+def test_executor_that_dies_with_steps_in_flight_ends_nothing() -> None:
+    core, executor = make_core(max_in_flight=2)
+    core.add_request(make_request("r", 20, max_tokens=20, ignore_eos=True))
+    answers: dict[str, Received] = {}
+    step(core, answers)
+
+    def collect() -> StepResult:
+        raise EngineDead("killed")
+
+    executor.collect = collect  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(EngineDead, match="killed"):
+            core.step()
+    assert len(answers["r"].token_ids) == 1 and answers["r"].finish_reason is None
+
+
+def test_close_with_steps_in_flight() -> None:
+    core, executor = make_core(max_in_flight=2)
+    core.add_request(make_request("r", 20, max_tokens=20, ignore_eos=True))
+    core.step()
+    core.close()
+    assert executor.closed == 1 and executor.num_in_flight == 1
+    with pytest.raises(EngineDead, match="closed"):
+        core.step()
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_seconds_of_overlapping_steps_add_up_to_the_time_that_passed(
+    max_in_flight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    monkeypatch.setattr("engine.engine.time", SimpleNamespace(monotonic=lambda: now_s))
+    core, executor = make_core(max_in_flight=max_in_flight)
+    submit, collect = executor.submit, executor.collect
+    executor.submit = lambda plan: (sleep(0.25), submit(plan))  # type: ignore[method-assign,assignment,func-returns-value]
+    executor.collect = lambda: (sleep(2.0), collect())[1]  # type: ignore[method-assign,func-returns-value]
+    for request_id in ("r", "after a pause"):
+        run(core, make_request(request_id, 20, max_tokens=4, ignore_eos=True))
+        sleep(50.0)
+    seconds = [2.25] * 4 if max_in_flight == 1 else [2.5, 2.25, 2.25, 2.0]
+    assert list(core.stats.observations.step_s) == seconds * 2
+    assert core.stats.steps_s == 2 * (4 * 0.25 + 4 * 2.0)

@@ -61,17 +61,20 @@ LIMITS = st.fixed_dictionaries(
 )
 TIGHT = {"num_pages": 4, "max_num_batched_tokens": 257, "max_num_seqs": 8, "enable_prefix_caching": True}
 GROWING = [make_request(f"r{i}", 100 + i, max_tokens=300, ignore_eos=True, prompt_logprobs=0) for i in range(5)]
+# How many steps the executor takes before the first is collected. What a request gets is the same.
+DEPTHS = pytest.mark.parametrize("max_in_flight", [1, 2, 3])
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@DEPTHS
 @FAST
 @given(requests=request_lists(), limits=LIMITS, arrivals=st.lists(st.integers(0, 12), min_size=7, max_size=7))
 @example(requests=GROWING, limits=TIGHT, arrivals=[0] * 7)
 def test_tokens_depend_on_the_request_alone(
-    requests: list[EngineRequest], limits: dict[str, int], arrivals: list[int]
+    requests: list[EngineRequest], limits: dict[str, int], arrivals: list[int], max_in_flight: int
 ) -> None:
     """Whatever the pool, the budget, the batch and the order: every request ends once, with its own tokens."""
-    core, _ = make_core(**limits)
+    core, executor = make_core(**limits, max_in_flight=max_in_flight)
     answers: dict[str, Received] = {}
     for request, num_steps in zip(requests, arrivals, strict=False):
         for _ in range(num_steps):
@@ -80,13 +83,18 @@ def test_tokens_depend_on_the_request_alone(
     finish(core, answers)
     for request in requests:
         assert same(answers[request.request_id], expected(request))
+    assert core.stats.generation_tokens == sum(len(answer.token_ids) for answer in answers.values())
+    assert not executor.num_in_flight and (max_in_flight > 1 or not executor.num_rows_ahead)
 
 
+@DEPTHS
 @FAST
 @given(requests=request_lists(), limits=LIMITS, data=st.data())
-def test_abort_anywhere(requests: list[EngineRequest], limits: dict[str, int], data: st.DataObject) -> None:
+def test_abort_anywhere(
+    requests: list[EngineRequest], limits: dict[str, int], data: st.DataObject, max_in_flight: int
+) -> None:
     """An abort frees the pages at once and ends one request, once; the others do not notice."""
-    core, _ = make_core(**limits)
+    core, _ = make_core(**limits, max_in_flight=max_in_flight)
     answers: dict[str, Received] = {}
     victims = data.draw(st.lists(st.sampled_from(requests), min_size=1, unique_by=lambda r: r.request_id))
     for request in requests:
@@ -108,13 +116,14 @@ def test_abort_anywhere(requests: list[EngineRequest], limits: dict[str, int], d
             assert same(answer, reference)
 
 
+@DEPTHS
 @FAST
 @given(requests=request_lists(), limits=LIMITS, other=LIMITS, num_steps=st.integers(1, 120))
 def test_another_engine_continues_with_the_same_tokens(
-    requests: list[EngineRequest], limits: dict[str, int], other: dict[str, int], num_steps: int
+    requests: list[EngineRequest], limits: dict[str, int], other: dict[str, int], num_steps: int, max_in_flight: int
 ) -> None:
     """An engine dies; what it had delivered goes to another as output tokens; the client sees one answer."""
-    core, executor = make_core(**limits)
+    core, executor = make_core(**limits, max_in_flight=max_in_flight)
     executor.die_at_step = num_steps
     answers = {request.request_id: Received() for request in requests}
     for request in requests:
@@ -124,7 +133,7 @@ def test_another_engine_continues_with_the_same_tokens(
     except EngineDead:
         with pytest.raises(EngineDead):
             core.step()
-    heir, _ = make_core(**other)
+    heir, _ = make_core(**other, max_in_flight=max_in_flight)
     for request in requests:
         if answers[request.request_id].finish_reason is None:
             delivered = list(answers[request.request_id].token_ids)
@@ -134,8 +143,9 @@ def test_another_engine_continues_with_the_same_tokens(
         assert same(answers[request.request_id], expected(request))
 
 
-def test_pages_run_out_the_youngest_are_preempted_and_still_finish() -> None:
-    core, executor = make_core(**TIGHT)
+@DEPTHS
+def test_pages_run_out_the_youngest_are_preempted_and_still_finish(max_in_flight: int) -> None:
+    core, executor = make_core(max_in_flight=max_in_flight, **TIGHT)
     answers = run(core, *GROWING)
     assert core.stats.preemptions > 0
     assert all(same(answers[request.request_id], expected(request)) for request in GROWING)
@@ -144,8 +154,9 @@ def test_pages_run_out_the_youngest_are_preempted_and_still_finish() -> None:
     assert sum(len(plan.new) for plan in executor.plans) == len(GROWING) + core.stats.preemptions
 
 
-def test_preemption_takes_the_youngest_and_puts_it_first_in_the_queue() -> None:
-    core, _ = make_core(num_pages=6, max_num_seqs=4)
+@DEPTHS
+def test_preemption_takes_the_youngest_and_puts_it_first_in_the_queue(max_in_flight: int) -> None:
+    core, _ = make_core(max_in_flight=max_in_flight, num_pages=6, max_num_seqs=4)
     for index in range(3):
         core.add_request(make_request(f"r{index}", 127, max_tokens=200, ignore_eos=True, seed=index))
     core.add_request(make_request("late", 300, max_tokens=10))
@@ -168,6 +179,14 @@ def test_prompt_is_chunked_beside_decodes() -> None:
     assert [plan.num_decode_rows for plan in executor.plans[1:5]] == [1, 1, 1, 2]
 
 
+def test_one_output_token_in_the_middle_is_no_decode_row() -> None:
+    core, executor = make_core(max_num_batched_tokens=1)
+    request = make_request("r", 10, max_tokens=9, ignore_eos=True)
+    core.add_request(dataclasses.replace(request, output_token_ids=expected(request).token_ids[:7]))
+    finish(core, {"r": Received([0] * 7)})
+    assert [plan.num_decode_rows for plan in executor.plans] == [0] * 16 + [1, 1]
+
+
 def test_prefix_hit_leaves_one_token_to_run_and_is_reported() -> None:
     core, executor = make_core()
     prompts = [make_request(f"r{i}", 256, max_tokens=3, ignore_eos=True) for i in range(3)]
@@ -185,8 +204,9 @@ def test_pages_are_found_only_after_their_step() -> None:
     assert [row.num_computed_tokens for row in executor.plans[0].rows] == [0, 0]
 
 
-def test_prompt_logprobs_need_every_position_computed() -> None:
-    core, _ = make_core()
+@DEPTHS
+def test_prompt_logprobs_need_every_position_computed(max_in_flight: int) -> None:
+    core, _ = make_core(max_in_flight=max_in_flight)
     run(core, make_request("r0", 300, max_tokens=2))
     request = make_request("r1", 300, max_tokens=2, prompt_logprobs=0)
     answer = run(core, request)["r1"]
@@ -214,8 +234,9 @@ def test_prompt_logprobs_survive_preemption_half_way() -> None:
     assert [row.num_computed_tokens for row in again] == [0, 0, 128]
 
 
-def test_new_namespace_hides_the_pages_of_before_and_of_running_requests() -> None:
-    core, _ = make_core()
+@DEPTHS
+def test_new_namespace_hides_the_pages_of_before_and_of_running_requests(max_in_flight: int) -> None:
+    core, _ = make_core(max_in_flight=max_in_flight)
     run(core, make_request("a", 300, max_tokens=1))
     core.add_request(make_request("b", 300, max_tokens=130, ignore_eos=True))
     answers: dict[str, Received] = {}
@@ -227,9 +248,10 @@ def test_new_namespace_hides_the_pages_of_before_and_of_running_requests() -> No
     assert run(core, make_request("d", 300, max_tokens=1))["d"].num_cached_tokens == 256
 
 
-def test_page_under_two_namespaces_is_never_found() -> None:
+@DEPTHS
+def test_page_under_two_namespaces_is_never_found(max_in_flight: int) -> None:
     """Also when the first namespace is back before the page is full."""
-    core, _ = make_core()
+    core, _ = make_core(max_in_flight=max_in_flight)
     mixed = make_request("mixed", 300, max_tokens=130, ignore_eos=True)
     core.add_request(mixed)
     answers: dict[str, Received] = {}
@@ -243,8 +265,9 @@ def test_page_under_two_namespaces_is_never_found() -> None:
     assert run(core, make_request("whole", whole, max_tokens=1))["whole"].num_cached_tokens == 256
 
 
-def test_preempted_request_takes_up_the_namespace_it_re_enters_in() -> None:
-    core, _ = make_core(num_pages=6)
+@DEPTHS
+def test_preempted_request_takes_up_the_namespace_it_re_enters_in(max_in_flight: int) -> None:
+    core, _ = make_core(max_in_flight=max_in_flight, num_pages=6)
     core.add_request(make_request("old", 130, max_tokens=300, ignore_eos=True))
     core.add_request(make_request("young", [8] * 130, max_tokens=300, ignore_eos=True))
     answers: dict[str, Received] = {}
@@ -254,8 +277,9 @@ def test_preempted_request_takes_up_the_namespace_it_re_enters_in() -> None:
     assert run(core, make_request("again", [8] * 130, max_tokens=1))["again"].num_cached_tokens == 128
 
 
-def test_half_computed_page_of_an_aborted_request_is_not_found() -> None:
-    core, _ = make_core(max_num_batched_tokens=200)
+@DEPTHS
+def test_half_computed_page_of_an_aborted_request_is_not_found(max_in_flight: int) -> None:
+    core, _ = make_core(max_in_flight=max_in_flight, max_num_batched_tokens=200)
     core.add_request(make_request("gone", 300))
     step(core, {})
     core.abort("gone")
@@ -264,8 +288,9 @@ def test_half_computed_page_of_an_aborted_request_is_not_found() -> None:
     assert finish(core, answers)["next"].num_cached_tokens == 128
 
 
-def test_cached_tokens_are_those_of_the_prompt() -> None:
-    core, _ = make_core()
+@DEPTHS
+def test_cached_tokens_are_those_of_the_prompt(max_in_flight: int) -> None:
+    core, _ = make_core(max_in_flight=max_in_flight)
     request = make_request("r", 100, max_tokens=200, ignore_eos=True)
     answer = run(core, request)["r"]
     again = dataclasses.replace(request, output_token_ids=answer.token_ids[:150])
@@ -274,10 +299,86 @@ def test_cached_tokens_are_those_of_the_prompt() -> None:
     assert rest.token_ids == answer.token_ids and rest.num_cached_tokens == 100
 
 
-def test_same_calls_give_the_same_plans() -> None:
+@DEPTHS
+def test_same_calls_give_the_same_plans(max_in_flight: int) -> None:
     plans = []
     for _ in range(2):
-        core, executor = make_core(**TIGHT)
+        core, executor = make_core(max_in_flight=max_in_flight, **TIGHT)
         run(core, *GROWING)
         plans.append(executor.plans)
     assert plans[0] == plans[1]
+
+
+def test_a_row_stands_on_a_token_that_only_the_worker_knows() -> None:
+    """One row a step for each request, none after the last token that max_tokens allows."""
+    core, executor = make_core(max_in_flight=2)
+    requests = [make_request(f"r{i}", 100 + 30 * i, max_tokens=5 + i, ignore_eos=True) for i in range(3)]
+    answers = run(core, *requests)
+    assert all(same(answers[request.request_id], expected(request)) for request in requests)
+    rows = [[(row.slot, row.num_computed_tokens, row.sample) for row in plan.rows] for plan in executor.plans]
+    in_turn, in_turn_executor = make_core()
+    run(in_turn, *requests)
+    assert rows == [[(r.slot, r.num_computed_tokens, r.sample) for r in plan.rows] for plan in in_turn_executor.plans]
+    assert executor.num_rows_ahead == 4 + 5 + 6 and not in_turn_executor.num_rows_ahead
+
+
+def test_preempted_with_a_token_in_flight_gets_it_once_and_re_enters_with_it() -> None:
+    core, executor = make_core(num_pages=4, max_in_flight=2)
+    requests = [make_request(f"r{i}", 127, max_tokens=200, ignore_eos=True, seed=i) for i in range(2)]
+    answers: dict[str, Received] = {}
+    for request in requests:
+        core.add_request(request)
+    while len(executor.plans) < 3 or len(executor.plans[-1].rows) == 2:
+        step(core, answers)
+    # The last plan took the pages of the younger one, while the plan before it had a row of it in flight.
+    [state] = core.scheduler.waiting
+    assert len(executor.plans[-2].rows) == 2 and executor.num_in_flight == 1
+    known = state.num_output_tokens
+    assert known == len(answers["r1"].token_ids) == len(executor.plans) - 1
+    finish(core, answers)
+    [again] = [new for plan in executor.plans[1:] for new in plan.new]
+    assert again.token_ids == requests[1].prompt_token_ids + answers["r1"].token_ids[:known]
+    assert all(same(answers[request.request_id], expected(request)) for request in requests)
+
+
+def test_waits_for_its_token_in_flight_before_it_re_enters() -> None:
+    """It could re-enter at once: whoever took its pages is gone."""
+    core, executor = make_core(num_pages=4, max_in_flight=3)
+    requests = [make_request(f"r{i}", 127, max_tokens=200, ignore_eos=True, seed=i) for i in range(2)]
+    answers: dict[str, Received] = {}
+    for request in requests:
+        core.add_request(request)
+    step_until_preemption(core, answers)
+    [state] = core.scheduler.waiting
+    assert state.num_pending_tokens == state.num_rows_in_flight == 1
+    core.abort("r0")
+    num_plans = len(executor.plans)
+    step(core, answers)
+    assert len(executor.plans) == num_plans and not state.num_rows_in_flight
+    assert same(finish(core, answers)["r1"], expected(requests[1]))
+
+
+def test_ends_by_the_token_in_flight_while_it_waits() -> None:
+    """Preempted with its last token in flight: it ends in the queue."""
+    core, executor = make_core(num_pages=4, max_in_flight=2)
+    old = make_request("old", 127, max_tokens=200, ignore_eos=True)
+    answers: dict[str, Received] = {}
+    core.add_request(old)
+    core.add_request(young := make_request("young", 127, max_tokens=130, ignore_eos=True))
+    finish(core, answers)
+    assert core.stats.preemptions == 1 and sum(len(plan.new) for plan in executor.plans) == 2
+    assert same(answers["old"], expected(old)) and same(answers["young"], expected(young))
+
+
+@pytest.mark.parametrize("max_in_flight", [2, 3])
+def test_not_finite_while_it_waits_its_pages_are_not_found(max_in_flight: int) -> None:
+    core, executor = make_core(num_pages=4, max_in_flight=max_in_flight)
+    old = make_request("old", 127, max_tokens=9, ignore_eos=True)
+    answers: dict[str, Received] = {}
+    core.add_request(old)
+    core.add_request(make_request("bad", 254, max_tokens=9, seed=POISON_SEED, min_tokens=9))
+    finish(core, answers)
+    assert core.stats.preemptions == 1 and sum(len(plan.new) for plan in executor.plans) == 2
+    assert answers["bad"].finish_reason is FinishReason.ERROR and len(answers["bad"].token_ids) == 2
+    assert same(answers["old"], expected(old))
+    assert run(core, make_request("again", 254, max_tokens=1))["again"].num_cached_tokens == 0

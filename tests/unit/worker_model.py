@@ -2,6 +2,9 @@
 
 The next token is a hash of all tokens before it. For every page the worker stores which tokens under which prefix
 were written, so a request that reads a page it should not read is caught.
+
+Like a device that runs its steps in order, it runs each step when it is submitted, on what it knows itself, and
+keeps what came out to itself until the step is collected.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from engine.types import (
 MAX_MODEL_LEN = 512
 VOCAB_SIZE = 50
 EOS_TOKEN_IDS = (3, 4)
-POISON_SEED = 666  # such a request's logits stop being finite at its third output token
+POISON_SEED = 666  # such a request's logits are not finite from its third output token on
 UNMASKED_SEED = 2  # such a request may sample a stop token before min_tokens
 
 
@@ -43,7 +46,7 @@ def next_token(token_ids: list[int], prompt_len: int, sampling: SamplingParams) 
     """What the model and sampler would say: a function of all tokens and the seed alone."""
     assert sampling.seed is not None
     num_output_tokens = len(token_ids) - prompt_len
-    if sampling.seed == POISON_SEED and num_output_tokens == 2:
+    if sampling.seed == POISON_SEED and num_output_tokens >= 2:
         return -2
     token_id = digest(token_ids, sampling.seed) % VOCAB_SIZE
     forbidden = {*(() if sampling.ignore_eos else EOS_TOKEN_IDS), *(sampling.stop_token_ids or ())}
@@ -60,11 +63,12 @@ def logprob(token_ids: list[int]) -> Logprobs:
 
 @dataclass
 class WorkerRequest:
-    """A slot of the modelled worker."""
+    """A slot of the modelled worker. num_told_tokens: those that whoever plans can know."""
 
     token_ids: list[int]
     prompt_len: int
     sampling: SamplingParams
+    num_told_tokens: int
     num_computed_tokens: int | None = None
     block_table: list[int] = field(default_factory=list)
 
@@ -80,8 +84,9 @@ class PageContent:
 class CheckingExecutor:
     """A worker group of one that holds each plan against its own books."""
 
-    def __init__(self, config: EngineConfig, num_pages: int) -> None:
+    def __init__(self, config: EngineConfig, num_pages: int, max_in_flight: int = 1) -> None:
         self.config = config
+        self.max_in_flight = max_in_flight
         self.info = EngineInfo(
             model_name="model",
             plan="DFS",
@@ -102,11 +107,17 @@ class CheckingExecutor:
         self.die_at_step: int | None = None
         self.error: Exception = EngineDead("killed")
         self.closed = 0
+        self.num_rows_ahead = 0  # how many rows stood on a token that only the worker knew
         self._slots: dict[int, WorkerRequest] = {}
         self._pages: dict[int, PageContent] = {}
-        self._results: deque[StepResult] = deque()
+        self._results: deque[tuple[StepResult, list[WorkerRequest]]] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._results)
 
     def submit(self, plan: StepPlan) -> None:
+        assert self.num_in_flight < self.max_in_flight
         self.plans.append(plan)
         if self.die_at_step is not None and plan.step_id >= self.die_at_step:
             raise self.error
@@ -115,16 +126,20 @@ class CheckingExecutor:
             del self._slots[slot]
         for new in plan.new:
             assert new.slot not in self._slots and 0 <= new.slot < self.config.max_num_seqs
-            self._slots[new.slot] = WorkerRequest(new.token_ids, new.prompt_len, new.sampling)
+            token_ids = list(new.token_ids)
+            self._slots[new.slot] = WorkerRequest(token_ids, new.prompt_len, new.sampling, len(token_ids))
         assert {new.slot for new in plan.new} <= {row.slot for row in plan.rows}
         for row in plan.rows:
             self._check_row(row)
         for row in plan.rows:
             self._write(row)
-        self._results.append(self._result(plan))
+        self._results.append((self._result(plan), [self._slots[row.slot] for row in plan.rows]))
 
     def collect(self) -> StepResult:
-        return self._results.popleft()
+        result, requests = self._results.popleft()
+        for request, token_id in zip(requests, result.sampled, strict=True):
+            request.num_told_tokens += token_id >= 0
+        return result
 
     def close(self) -> None:
         self.closed += 1
@@ -144,6 +159,9 @@ class CheckingExecutor:
             assert start == request.num_computed_tokens
         assert start < end <= len(request.token_ids)
         assert row.sample == (end == len(request.token_ids))
+        if end > request.num_told_tokens:
+            self.num_rows_ahead += 1
+            assert row.num_scheduled_tokens == 1 and start >= request.prompt_len
         request.block_table += row.new_page_ids
         assert len(request.block_table) == -(-end // PAGE_SIZE)
         assert len(set(request.block_table)) == len(request.block_table)
@@ -174,15 +192,16 @@ class CheckingExecutor:
         for index, row in enumerate(plan.rows):
             request = self._slots[row.slot]
             end = row.num_computed_tokens + row.num_scheduled_tokens
-            decode_rows.append(row.num_scheduled_tokens == 1 and row.num_computed_tokens >= request.prompt_len)
+            is_single = row.num_scheduled_tokens == 1
+            decode_rows.append(row.sample and is_single and row.num_computed_tokens >= request.prompt_len)
             if request.sampling.prompt_logprobs is not None and row.num_computed_tokens < request.prompt_len:
                 known = range(row.num_computed_tokens + 1, min(end + 1, request.prompt_len))
                 result.prompt_logprobs[index] = [logprob(request.token_ids[: p + 1]) for p in known]
             token_id = -1
             if row.sample:
                 token_id = next_token(request.token_ids, request.prompt_len, request.sampling)
-            if token_id >= 0:
-                request.token_ids.append(token_id)
+                # Where the logits were not finite, the device goes on with any token.
+                request.token_ids.append(max(token_id, 0))
                 if request.sampling.logprobs is not None:
                     result.logprobs[index] = logprob(request.token_ids)
             result.sampled.append(token_id)
@@ -244,9 +263,9 @@ def expected(request: EngineRequest) -> Received:
     return received
 
 
-def make_core(num_pages: int = 16, **kwargs: object) -> tuple[EngineCore, CheckingExecutor]:
+def make_core(num_pages: int = 16, max_in_flight: int = 1, **kwargs: object) -> tuple[EngineCore, CheckingExecutor]:
     config = EngineConfig.from_kwargs("model", probe_interval=0, **kwargs)
-    executor = CheckingExecutor(config, num_pages)
+    executor = CheckingExecutor(config, num_pages, max_in_flight)
     return EngineCore(config, executor), executor
 
 
@@ -260,19 +279,27 @@ def check_books(core: EngineCore) -> None:
     assert all(state.slot < 0 and not state.page_ids for state in core.scheduler.waiting)
     slots = [state.slot for state in core.scheduler.running]
     assert len(set(slots)) == len(slots) <= core.scheduler.max_num_seqs
+    rows = [pair for step in core._in_flight for pair in zip(step.requests, step.plan.rows, strict=True)]
+    for state in core.scheduler:
+        own = [row for request, row in rows if request is state]
+        assert (state.num_rows_in_flight, state.num_pending_tokens) == (len(own), sum(row.sample for row in own))
+        assert not state.ended and len(state.token_ids) < state.max_tokens_total >= state.num_tokens
 
 
 def step(core: EngineCore, answers: dict[str, Received]) -> None:
     """One step; hands out its events and checks the books, and that the oldest request has moved."""
     oldest = next(iter(core.scheduler), None)
-    before = oldest.num_computed_tokens if oldest else 0
+    before = (oldest.num_computed_tokens, len(oldest.token_ids), -oldest.num_rows_in_flight) if oldest else ()
+    in_flight_before = len(core._in_flight)
     events = core.step()
     for event in events:
         answers.setdefault(event.request_id, Received()).take(event)
     check_books(core)
     if oldest is not None:
         ended = answers.get(oldest.request_id, Received()).finish_reason is not None
-        assert ended or oldest.num_computed_tokens > before, "the oldest request stands still"
+        after = (oldest.num_computed_tokens, len(oldest.token_ids), -oldest.num_rows_in_flight)
+        # Its rows may all be in steps behind the one that was collected.
+        assert ended or after > before or in_flight_before > 1, "the oldest request stands still"
 
 
 def finish(core: EngineCore, answers: dict[str, Received]) -> dict[str, Received]:
