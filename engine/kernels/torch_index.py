@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.batch import Segment, StepBatch
-from engine.kernels.params import KVPages, SelectParams, Selection
+from engine.kernels.params import KVPages, Selection, SelectParams
 from engine.kernels.torch_pages import take_rows
 
 _INIT_SCORE = 1e30
