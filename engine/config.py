@@ -113,9 +113,7 @@ class EngineConfig:
     """Settings of one engine replica; `None` means: resolved at start-up, see EngineInfo. Raises ConfigError."""
 
     model: str = field(metadata={"help": "checkpoint directory: config.json, *.safetensors, tokenizer.json"})
-    backend: str = field(
-        default="auto", metadata={"help": "kernels: triton (GPU), torch (CPU) or auto"}
-    )
+    backend: str = field(default="auto", metadata={"help": "kernels: triton (GPU), torch (CPU) or auto"})
     dtype: str = field(default="auto", metadata={"help": "compute dtype: bfloat16, float32, or auto"})
     tensor_parallel_size: int = field(default=1, metadata={"help": "ranks of one replica"})
     max_model_len: int | None = field(

@@ -62,9 +62,8 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        self._probe_interval = config.probe_interval
-        if self._probe_interval is None:
-            self._probe_interval = CPU_PROBE_INTERVAL if self.info.backend == "torch" else GPU_PROBE_INTERVAL
+        default_interval = CPU_PROBE_INTERVAL if self.info.backend == "torch" else GPU_PROBE_INTERVAL
+        self._probe_interval = default_interval if config.probe_interval is None else config.probe_interval
         self._audit_interval = config.audit_interval if config.index_reuse == "audited" else 0
         self._executor = executor
         self._eos_token_ids = frozenset(self.info.eos_token_ids)

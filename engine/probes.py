@@ -63,7 +63,7 @@ class DeviceMark:
 
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, DeviceMark)
-        return earlier._event.elapsed_time(self._event) * 1e-3
+        return float(earlier._event.elapsed_time(self._event)) * 1e-3
 
 
 def mark(device: torch.device) -> Mark:

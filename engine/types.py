@@ -259,8 +259,9 @@ class StepRow:
 class StepPlan:
     """One step: the same for every rank of the group.
 
-    rows: decode rows (one token each, the newest of their slot, and they sample) first, then prefill rows.  released: slots whose state is dropped before
-    `new` is added.  probe: time indexer and attention per layer.  audit: select afresh, in shadow, in S layers.
+    rows: decode rows (one token each, the newest of their slot, and they sample) first, then prefill rows.  released:
+    slots whose state is dropped before `new` is added.  probe: time indexer and attention per layer.  audit: select
+    afresh, in shadow, in S layers.
     """
 
     step_id: int

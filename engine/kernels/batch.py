@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -82,7 +83,7 @@ class StepBatch:
     def max_query_len(self, segment: Segment) -> int:
         """Tokens of the longest row of `segment`."""
         starts = self.query_starts[segment.row_start : segment.row_end + 1]
-        return max(end - start for start, end in zip(starts, starts[1:], strict=False))
+        return max(end - start for start, end in pairwise(starts))
 
     def max_seq_len(self, segment: Segment) -> int:
         """Most keys that a token of `segment` can see."""

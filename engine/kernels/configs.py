@@ -6,6 +6,8 @@ run on hardware. INTERPRET is Triton's interpreter on CPU, where only correctnes
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.kernels.launch import GFX942, GFX950, INTERPRET, SM90, LaunchConfig
 
 Table = dict[str, LaunchConfig]
@@ -84,7 +86,12 @@ DENSE_PREFILL_SPLIT_KEYS = 1024
 # Block-sparse attention of prefill rows. SUB: keys per step of a program; it divides 128.
 # Rows of a union tile: that many (token, query head) pairs of neighbouring tokens share what they load.
 SPARSE_GROUP_ROWS = {SM90: 64, GFX942: 64, GFX950: 64, INTERPRET: 64}
-BLOCK_UNIONS: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=8, num_stages=1))
+BLOCK_UNIONS: Table = {
+    SM90: LaunchConfig(num_warps=1, num_stages=1),
+    GFX942: LaunchConfig(num_warps=4, num_stages=1),
+    GFX950: LaunchConfig(num_warps=4, num_stages=1),
+    INTERPRET: LaunchConfig(),
+}
 # Where a group selects more than 64 blocks.
 BLOCK_UNIONS_WIDE: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=16, num_stages=1))
 SPARSE_UNION: Table = {
@@ -183,28 +190,38 @@ MOE_SORT: Table = {
     GFX950: LaunchConfig({"BLOCK": 4096, "BLOCK_COUNT": 8192}, num_warps=8),
     INTERPRET: LaunchConfig({"BLOCK": 128, "BLOCK_COUNT": 256}),
 }
-# Sorted pairs, few per expert: bound by the weights.
+
+
+# Sorted pairs. SMALL_M: an expert's last pairs use a tile of that many. SPAN: tiles of columns per program. MIX: the last
+# expert, of all tokens, runs beside the others. TMA: the weight comes through tensor descriptors.
+def _many(m: int, small: int, n: int, warps: int, stages: int, span: int = 1, mix: int = 0, tma: int = 0) -> LaunchConfig:
+    tiles = {"BLOCK_M": m, "SMALL_M": small, "BLOCK_N": n, "BLOCK_K": 64, "GROUP_M": 8}
+    return LaunchConfig({**tiles, "SPAN": span, "MIX": mix, "TMA": tma}, warps, stages)
+
+
+_MANY_SMALL = {"BLOCK_K": 32, "GROUP_M": 2, "SPAN": 1, "MIX": 1, "TMA": 0}
+# Few per expert: bound by the weights.
 MOE_MANY_SHORT: Table = {
-    SM90: LaunchConfig({"BLOCK_M": 64, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 4, 4),
-    GFX942: LaunchConfig({"BLOCK_M": 64, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 4, 2, _NK16),
-    GFX950: LaunchConfig({"BLOCK_M": 64, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 4, 2, _NK16),
-    INTERPRET: LaunchConfig({"BLOCK_M": 16, "SMALL_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 2}),
+    SM90: _many(64, 64, 128, 4, 4),
+    GFX942: replace(_many(64, 64, 128, 4, 2), hip=_NK16),
+    GFX950: replace(_many(64, 64, 128, 4, 2), hip=_NK16),
+    INTERPRET: LaunchConfig({"BLOCK_M": 16, "SMALL_M": 16, "BLOCK_N": 64, **_MANY_SMALL}),
 }
-# Many: bound by the matrix units. SMALL_M: an expert's last pairs use a tile of that many.
+# Many: bound by the matrix units.
 MOE_MANY_GATE_UP: Table = {
-    SM90: LaunchConfig({"BLOCK_M": 128, "SMALL_M": 64, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}, 8, 3),
-    GFX942: LaunchConfig({"BLOCK_M": 128, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 8, 2),
-    GFX950: LaunchConfig({"BLOCK_M": 128, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 8, 2),
-    INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 2}),
+    SM90: _many(128, 64, 256, 8, 3, mix=1, tma=1),
+    GFX942: _many(128, 64, 128, 8, 2),
+    GFX950: _many(128, 64, 128, 8, 2),
+    INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, **_MANY_SMALL}),
 }
 MOE_MANY_DOWN: Table = {
-    SM90: LaunchConfig({"BLOCK_M": 128, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 8, 4),
-    GFX942: LaunchConfig({"BLOCK_M": 128, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 8, 2),
-    GFX950: LaunchConfig({"BLOCK_M": 128, "SMALL_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, 8, 2),
-    INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 2}),
+    SM90: _many(128, 64, 128, 4, 3),
+    GFX942: _many(128, 64, 128, 8, 2),
+    GFX950: _many(128, 64, 128, 8, 2),
+    INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, **_MANY_SMALL, "SPAN": 2}),
 }
 MOE_MANY_FP32: Table = {
-    arch: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 8}, 4, 1)
+    arch: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 32, **_MANY_SMALL}, 4, 1)
     for arch in (SM90, GFX942, GFX950, INTERPRET)
 }
 MOE_SUM: Table = {arch: LaunchConfig({"BLOCK": 2048}) for arch in (SM90, GFX942, GFX950, INTERPRET)}
@@ -245,22 +262,9 @@ QK_NORM_ROPE_MANY: Table = {
 # triton_index
 # Decode programs per unit: of a row that has its own, and of rows that share them.
 INDEX_DECODE_PROGRAMS = {SM90: (8, 6), GFX942: (5, 5), GFX950: (5, 5), INTERPRET: (2, 2)}
-# DOT: score on the matrix units, padded to 16 heads.  STAGES: blocks in flight per program.
-INDEX_SCORE_DECODE: Table = {
-    SM90: LaunchConfig({"DOT": 1, "STAGES": 3}, num_warps=4, num_stages=1),
-    GFX942: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
-    GFX950: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
-    INTERPRET: LaunchConfig({"DOT": 0, "STAGES": 1}),
-}
-# Rows that have their own programs.
-INDEX_SCORE_DECODE_SMALL: Table = {
-    SM90: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=8, num_stages=1),
-    GFX942: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
-    GFX950: LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=4, num_stages=1),
-    INTERPRET: LaunchConfig({"DOT": 0, "STAGES": 1}),
-}
+INDEX_SCORE_DECODE: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=4, num_stages=1))
 INDEX_SCORE_DECODE_FP32: Table = dict.fromkeys(
-    (SM90, GFX942, GFX950, INTERPRET), LaunchConfig({"DOT": 0, "STAGES": 1}, num_warps=8, num_stages=1)
+    (SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=8, num_stages=1)
 )
 INDEX_SELECT_DECODE: Table = {
     SM90: LaunchConfig(num_warps=1, num_stages=1, cuda={"launch_pdl": True}),

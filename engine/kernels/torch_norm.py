@@ -53,7 +53,8 @@ def qk_norm_rope_insert(
     qkv: [num_tokens, sum(layout.sizes)].  gains: float32 [num_heads + num_kv_heads, head_dim] of the heads of q and k
     and, where the layer has an indexer, [num_index_heads + 1, index_dim] of those of index_q and index_k: neighbours
     in the row are normed and rotated together.  cos_sin_table: float32 [max_model_len, rotary_dim].
-    Returns q [num_tokens, num_heads, head_dim] and index_q [num_tokens, num_index_heads, index_dim] or None, both of qkv's dtype.
+    Returns q [num_tokens, num_heads, head_dim] and index_q [num_tokens, num_index_heads, index_dim] or None, both of
+    qkv's dtype.
     """
     num_tokens, dim, index_dim = qkv.shape[0], layout.head_dim, layout.index_dim
     cos_sin = cos_sin_table[batch.positions]

@@ -48,8 +48,8 @@ def _walk(
     MASKED: tl.constexpr,
 ):
     """Attend to the keys of units [first, last) of BLOCK_N keys each. k_ptr, v_ptr, k_scale_ptr, v_scale_ptr: at the
-    KV head of page 0. MASKED: hide keys after a row's position, the largest of which is last_position; else all are known
-    to lie before it."""
+    KV head of page 0. MASKED: hide keys after a row's position, the largest of which is last_position; else all are
+    known to lie before it."""
     UNITS: tl.constexpr = 128 // BLOCK_N
     keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, DIM)
     kv_tile = keys[:, None] * DIM + dims[None, :]

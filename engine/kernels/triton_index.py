@@ -1,14 +1,14 @@
 """The lightning indexer: score key blocks, keep the best per token. torch_index.py has the rule.
 
-Decode writes one float per block, and a second launch keeps the best (or the program that scores a row's last block
-does). Prefill passes through a bounded scratch, [block, token], window by window.
+Decode writes one float per block, and a second launch keeps the best. (One launch, where the program that scores a
+row's last block selects for it, was slower on H100 at every size.) Prefill passes through a bounded scratch,
+[block, token], window by window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -21,18 +21,12 @@ from engine.kernels.params import KVPages, Selection, SelectParams
 from engine.kernels.triton_score import score_decode, score_prefill
 from engine.kernels.triton_topk import MEMBERS, select_decode, select_prefill
 
-# One launch for decode: the last program to finish a row selects for it.
-FUSED_DECODE = False
 # From how many rows on programs share the blocks of all rows evenly; below, every row has its own programs, which
 # need not look at the others' lengths first.
 BALANCED_FROM = 2
 # Prefill scores of one window of tokens: they should stay in a last-level cache, and memory must not grow with the
 # context.
 _SCRATCH_BYTES = 48 * 2**20
-# Rows longer than this would take the fused kernel registers that it needs to score.
-_FUSED_BLOCKS = 1024
-# Ticket counters of one device: rows of a decode batch.
-_MAX_TICKETS = 4096
 
 
 def select_blocks(
@@ -69,12 +63,11 @@ def _select_decode(
     width = -(-bound // 16) * 16
     scores = torch.empty((rows, heads, width), dtype=torch.float32, device=index_q.device)
     balanced = rows >= BALANCED_FROM
-    config = _decode_config(target, index_q, balanced)
+    is_float32 = index_q.dtype == torch.float32
+    config = (configs.INDEX_SCORE_DECODE_FP32 if is_float32 else configs.INDEX_SCORE_DECODE)[target.arch]
     select = configs.INDEX_SELECT_DECODE[target.arch]
-    fused = FUSED_DECODE and rows <= _MAX_TICKETS and bound <= _FUSED_BLOCKS
-    pdl = not (target.is_hip or target.interpreted or fused) and "launch_pdl" in select.cuda
-    choice = _choice(params)
-    if fused or bound > params.topk_blocks:
+    pdl = not (target.is_hip or target.interpreted) and "launch_pdl" in select.cuda
+    if bound > params.topk_blocks:
         programs = target.num_units * configs.INDEX_DECODE_PROGRAMS[target.arch][balanced]
         if balanced:
             grid: tuple[int, ...] = (max(rows, min(programs, rows * bound)), 1)
@@ -89,9 +82,6 @@ def _select_decode(
             batch.block_table,
             batch.seq_lens,
             scores,
-            out.blocks,
-            out.num_blocks,
-            _tickets(index_q.device) if fused else None,
             rows,
             index_q.stride(0),
             index_q.stride(1),
@@ -100,22 +90,16 @@ def _select_decode(
             batch.block_table.stride(0),
             scores.stride(0),
             scores.stride(1),
-            out.blocks.stride(0),
             config=config,
-            **choice,
-            **_row_groups(bound),
+            TOPK=params.topk_blocks,
             HEADS=heads,
-            PADDED_HEADS=max(16, triton.next_power_of_2(heads)),
             DIM=dim,
             ROWS=triton.next_power_of_2(max(rows, 2)) if balanced else 1,
             SCALED=pages.index_k_scale is not None,
-            FUSED=fused,
             BALANCED=balanced,
             PDL=pdl,
             UPCAST=target.interpreted,
         )
-    if fused:
-        return
     pdl = pdl and bound > params.topk_blocks
     select = _widened(select, bound, pdl)
     target.launch(
@@ -129,7 +113,7 @@ def _select_decode(
         scores.stride(1),
         out.blocks.stride(0),
         config=select,
-        **choice,
+        **_choice(params),
         **_row_groups(bound),
         PDL=pdl,
     )
@@ -146,12 +130,6 @@ def _choice(params: SelectParams) -> dict[str, int]:
     }
 
 
-def _decode_config(target: Target, index_q: Tensor, balanced: bool) -> LaunchConfig:
-    if index_q.dtype == torch.float32:
-        return configs.INDEX_SCORE_DECODE_FP32[target.arch]
-    return (configs.INDEX_SCORE_DECODE if balanced else configs.INDEX_SCORE_DECODE_SMALL)[target.arch]
-
-
 def _widened(config: LaunchConfig, bound: int, pdl: bool) -> LaunchConfig:
     """More warps where one cannot hold a row's scores in registers; an early start only behind the scores' launch."""
     warps = max(config.num_warps, min(16, triton.next_power_of_2(bound) // 1024))
@@ -166,12 +144,6 @@ def _groups(num_blocks: int) -> int:
 def _row_groups(bound: int) -> dict[str, int]:
     """Groups for a row of `bound` blocks, and for one of at most 256, which most rows are whatever the bound."""
     return {"GROUPS": _groups(bound), "FEW": min(_groups(bound), 8)}
-
-
-@cache
-def _tickets(device: torch.device) -> Tensor:
-    """Counters of finished programs per row, zero whenever no decode selection runs."""
-    return torch.zeros(_MAX_TICKETS, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """The first kernel of a captured decode step: from slots and positions to everything the layers read."""
 
 from __future__ import annotations

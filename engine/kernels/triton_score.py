@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.triton_common import operand
-from engine.kernels.triton_topk import NEVER, PAGE, select_row_by_length
+from engine.kernels.triton_topk import NEVER, PAGE
 
 # What differs from step to step: must not ask for another compilation.
 _NOT_SPECIALISED = [
@@ -57,53 +57,26 @@ def _score_blocks(
     key_stride,
     scores_head_stride,
     HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SCALED: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Score blocks first, first + step, .. < last of one decode row; index_q, table and scores point at the row."""
     keys = tl.arange(0, PAGE)
     dims = tl.arange(0, DIM)
     offsets = keys[:, None] * key_stride + dims[None, :]
-    heads = tl.arange(0, PADDED_HEADS)
-    if DOT:
-        q_offsets = heads[None, :] * q_head_stride + dims[:, None]
-        q_all = operand(tl.load(index_q + q_offsets, mask=(heads < HEADS)[None, :], other=0.0), UPCAST)
-    for block in tl.range(first, last, step, num_stages=STAGES):
+    for block in tl.range(first, last, step):
         page = tl.load(table + block).to(tl.int64)
-        k = tl.load(index_k + page * page_stride + offsets, eviction_policy="evict_first")
+        k = tl.load(index_k + page * page_stride + offsets, eviction_policy="evict_first").to(tl.float32)
         visible = keys + block * PAGE < seq_len
-        if SCALED:
-            scale = tl.load(index_k_scale + page * PAGE + keys)
-        if DOT:
-            found = tl.dot(k.to(q_all.dtype), q_all, input_precision="ieee")
+        # Multiplied and summed: with one query per head, a matrix unit would be idle but for one column.
+        for head in tl.static_range(HEADS):
+            q = tl.load(index_q + head * q_head_stride + dims).to(tl.float32)
+            found = tl.sum(k * q[None, :], 1)
             if SCALED:
-                found = found * scale[:, None]
-            best = _block_max(tl.where(visible[:, None], found, NEVER), 0, UPCAST)
-            tl.store(scores + heads * scores_head_stride + block, best, mask=heads < HEADS)
-        else:
-            for head in tl.static_range(HEADS):
-                q = tl.load(index_q + head * q_head_stride + dims).to(tl.float32)
-                found = tl.sum(k.to(tl.float32) * q[None, :], 1)
-                if SCALED:
-                    found = found * scale
-                best = _block_max(tl.where(visible, found, NEVER), 0, UPCAST)
-                tl.store(scores + head * scores_head_stride + block, best)
-
-
-@triton.jit
-def _ticket(counter, expected):
-    """Whether all `expected` programs of a row have now written their scores; the counter then starts again.
-
-    Each score is stored by one thread, the one that takes the ticket: on AMD the release orders no other's stores.
-    """
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if is_last:
-        tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
-    return is_last
+                found = found * tl.load(index_k_scale + page * PAGE + keys)
+            best = _block_max(tl.where(visible, found, NEVER), 0, UPCAST)
+            tl.store(scores + head * scores_head_stride + block, best)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -114,9 +87,6 @@ def score_decode(
     block_table,
     seq_lens,
     scores,
-    blocks,
-    num_blocks,
-    counters,
     num_rows,
     q_row_stride,
     q_head_stride,
@@ -125,27 +95,17 @@ def score_decode(
     table_stride,
     scores_row_stride,
     scores_head_stride,
-    blocks_head_stride,
     TOPK: tl.constexpr,
-    PADDED: tl.constexpr,
-    INIT_BLOCKS: tl.constexpr,
-    LOCAL_BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FEW: tl.constexpr,
     HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
-    FUSED: tl.constexpr,
     BALANCED: tl.constexpr,
     PDL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Grid (programs, 1 if BALANCED else rows). scores: float32 [rows, heads, blocks]; rows that keep all their
-    blocks get none. ROWS: the rows, padded to a power of two. blocks, num_blocks, counters: for FUSED only."""
+    blocks get none. ROWS: the rows, padded to a power of two."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     if PDL:
@@ -173,24 +133,20 @@ def score_decode(
             at = tl.minimum(stop, end)
             last = at - begin
             step = 1
-            # share is positive here, but may be speculated on.
-            programs = (end - 1) // tl.maximum(share, 1) - begin // tl.maximum(share, 1) + 1
         else:
             row = tl.program_id(1)
             seq_len = tl.load(seq_lens + row)
             first = program
             last = tl.cdiv(seq_len, PAGE)
-            programs = tl.minimum(last, num_programs)
             last = tl.where(last > TOPK, last, 0)
             step = num_programs
             at += 1
-        row_scores = scores + row * scores_row_stride
         _score_blocks(
             index_q + row * q_row_stride,
             index_k,
             index_k_scale,
             block_table + row * table_stride,
-            row_scores,
+            scores + row * scores_row_stride,
             first,
             last,
             step,
@@ -200,45 +156,10 @@ def score_decode(
             key_stride,
             scores_head_stride,
             HEADS,
-            PADDED_HEADS,
             DIM,
             SCALED,
-            DOT,
-            STAGES,
             UPCAST,
         )
-        # Not one condition: both halves would be evaluated, and programs without blocks take no ticket.
-        if FUSED and first < last:  # noqa: SIM102
-            if _ticket(counters + row, programs):
-                own = (seq_len - 1) // PAGE
-                tl.store(num_blocks + row, TOPK)
-                for head in tl.static_range(HEADS):
-                    select_row_by_length(
-                        row_scores + head * scores_head_stride,
-                        blocks + head * blocks_head_stride + row * TOPK,
-                        own,
-                        TOPK,
-                        PADDED,
-                        INIT_BLOCKS,
-                        LOCAL_BLOCKS,
-                        GROUPS,
-                        FEW,
-                    )
-    if FUSED:
-        short = program if BALANCED else tl.program_id(1)
-        if short < num_rows and (BALANCED or program == 0):
-            own = (tl.load(seq_lens + short) - 1) // PAGE
-            if own < TOPK:
-                _keep_all(blocks + short * TOPK, num_blocks + short, own, blocks_head_stride, TOPK, PADDED, HEADS)
-
-
-@triton.jit
-def _keep_all(blocks, num_blocks, own, head_stride, TOPK: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr):
-    """The selection of a row that has up to TOPK blocks."""
-    tl.store(num_blocks, own + 1)
-    ids = tl.arange(0, PADDED)
-    for head in tl.static_range(HEADS):
-        tl.store(blocks + head * head_stride + ids, tl.where(ids <= own, ids, -1), mask=ids < TOPK)
 
 
 @triton.jit

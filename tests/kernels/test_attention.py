@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.kernels import torch_attention, torch_index
-from engine.kernels.params import SelectParams, Selection
+from engine.kernels.params import Selection, SelectParams
 from tests.kernels import reference
 
 # Lengths around the page size, fewer blocks than topk, exactly topk, one more; decode rows first.

@@ -76,13 +76,12 @@ def check(step: reference.Step, params: SelectParams) -> None:
     assert torch.equal(got.blocks, expected.blocks)
 
 
-VARIANTS = ["two launches", "balanced", "fused", "fused balanced"]
+VARIANTS = ["apart", "balanced"]
 
 
 @pytest.fixture
 def decode_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_index, "FUSED_DECODE", "fused" in request.param)
-    monkeypatch.setattr(triton_index, "BALANCED_FROM", 1 if "balanced" in request.param else 10**6)
+    monkeypatch.setattr(triton_index, "BALANCED_FROM", 1 if request.param == "balanced" else 10**6)
 
 
 CASES = [(params, 2, torch.float32) for params in PARAMS]
