@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench clean
+.PHONY: help serve test lint format bench aot clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,9 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 format: $(INSTALLED) ## format the code in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+aot: $(INSTALLED) ## compile every GPU kernel for sm_90, gfx942 and gfx950 and check what it takes; needs no GPU
+	env -u TRITON_INTERPRET $(BIN)/python -W ignore -m tests.kernels.aot --all
 
 bench: $(INSTALLED) ## offline speed of the demo checkpoint (MODEL=DIR for another)
 	$(BIN)/m3serve bench offline $(if $(MODEL),--model $(MODEL))

@@ -90,9 +90,11 @@ class SlotTables:
         if plan.num_decode_rows:
             decode = slots_d[: plan.num_decode_rows]
             tokens_d[: plan.num_decode_rows] = self.last_tokens.index_select(0, decode)
-        width = -(-int(seq_lens.max()) // PAGE_SIZE)
+        # On a GPU the whole table, whose width kernels are compiled for and split their work by: a step of any length
+        # finds them compiled, and gives what a captured one gives.
+        width = self.block_tables.shape[1] if device.type != "cpu" else -(-int(seq_lens.max()) // PAGE_SIZE)
         table = self.block_tables.index_select(0, slots_d)[:, :width].contiguous()
-        pages = table[row_ids_d, positions_d // PAGE_SIZE].long()
+        pages = table.view(-1).index_select(0, row_ids_d * width + positions_d // PAGE_SIZE).long()
         batch = StepBatch(
             positions=positions_d,
             slot_mapping=pages * PAGE_SIZE + positions_d % PAGE_SIZE,

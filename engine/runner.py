@@ -17,7 +17,7 @@ from engine.config import PAGE_SIZE, EngineConfig, read_json, resolve_model
 from engine.errors import CheckpointError, ConfigError
 from engine.graphs import DecodeGraphs
 from engine.kernels.api import resolve
-from engine.kernels.batch import Segment, StepBatch
+from engine.kernels.batch import StepBatch
 from engine.kernels.torch_pages import FP8_DTYPES
 from engine.model.minimax_m3 import MiniMaxM3
 from engine.model.weights import CheckpointWeights, DummyWeights, WeightSource
@@ -27,6 +27,7 @@ from engine.probes import LayerProbe, Mark, hold, mark
 from engine.sampler import PendingLogprobs, SamplerState, pending_logprobs
 from engine.transfer import to_device, to_host
 from engine.types import NOT_FINITE, NOT_SAMPLED, EngineInfo, StepPlan, StepResult, StepRow
+from engine.warm_up import warm_up
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float32}
 # Logits of prompt tokens are made for so many rows at a time: vocab_size floats each.
@@ -167,7 +168,7 @@ class ModelRunner:
             self.model.allocate_pages(num_pages)
             decode = self.model.kernels.decode
             if self.device.type == "cuda":
-                warm_up_prefill(self.model, config.max_num_batched_tokens)
+                warm_up(self.model, config.max_num_batched_tokens, self.max_model_len)
                 if decode is not None and not config.enforce_eager:
                     self._graphs = DecodeGraphs(self.model, decode, self._tables, self.max_model_len)
         is_async = self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
@@ -367,25 +368,6 @@ class ModelRunner:
                 tokens = to_device(chunk, torch.int64, self.device)
                 found.append((i, chunk, pending_logprobs(logits, tokens, [num_top] * len(chunk))))
         return found
-
-
-def warm_up_prefill(model: MiniMaxM3, num_tokens: int) -> None:
-    """Run one prompt that writes no keys, so that the kernels are compiled before the first request comes."""
-    device = model.kernels.device
-    positions = torch.arange(num_tokens, device=device)
-    batch = StepBatch(
-        positions=positions,
-        slot_mapping=torch.full_like(positions, -1),
-        row_ids=torch.zeros_like(positions),
-        block_table=torch.zeros(1, -(-num_tokens // PAGE_SIZE), dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
-        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-        query_starts=[0, num_tokens],
-        seq_lens_host=[num_tokens],
-        segments=(Segment("prefill", 0, 1, 0, num_tokens),),
-    )
-    model.logits(model.forward(torch.zeros_like(positions), batch)[-1:])
-    model.index_cache.take_counts()
 
 
 def _available_bytes() -> int:

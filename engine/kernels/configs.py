@@ -58,6 +58,11 @@ ATTENTION_MERGE: Table = {
     GFX950: LaunchConfig(num_warps=4, num_stages=1),
     INTERPRET: LaunchConfig(),
 }
+# Of more than 32 splits.
+ATTENTION_MERGE_MANY: Table = ATTENTION_MERGE | {
+    SM90: LaunchConfig(num_warps=4, num_stages=1, cuda={"launch_pdl": True})
+}
+
 # Dense attention of prefill rows. BLOCK_M: tokens times query heads of one KV head; BLOCK_N: as above. 128 registers:
 # two programs fit on a multiprocessor, and one computes on the matrix units while the other takes its softmax.
 DENSE_PREFILL: Table = {
@@ -102,7 +107,7 @@ SPARSE_UNION: Table = {
 }
 SPARSE_UNION_FP8: Table = {
     SM90: LaunchConfig({"SUB": 32}, num_warps=4, num_stages=3),
-    GFX942: LaunchConfig({"SUB": 32}, num_warps=4, num_stages=1, hip=_MFMA16),
+    GFX942: LaunchConfig({"SUB": 32}, num_warps=8, num_stages=1, hip=_MFMA16),
     GFX950: LaunchConfig({"SUB": 32}, num_warps=4, num_stages=1, hip=_MFMA16),
     INTERPRET: LaunchConfig({"SUB": 128}),
 }
@@ -192,9 +197,11 @@ MOE_SORT: Table = {
 }
 
 
-# Sorted pairs. SMALL_M: an expert's last pairs use a tile of that many. SPAN: tiles of columns per program. MIX: the last
-# expert, of all tokens, runs beside the others. TMA: the weight comes through tensor descriptors.
-def _many(m: int, small: int, n: int, warps: int, stages: int, span: int = 1, mix: int = 0, tma: int = 0) -> LaunchConfig:
+# Sorted pairs. SMALL_M: an expert's last pairs use a tile of that many. SPAN: tiles of columns per program. MIX: the
+# last expert, of all tokens, runs beside the others. TMA: the weight comes through tensor descriptors.
+def _many(
+    m: int, small: int, n: int, warps: int, stages: int, span: int = 1, mix: int = 0, tma: int = 0
+) -> LaunchConfig:
     tiles = {"BLOCK_M": m, "SMALL_M": small, "BLOCK_N": n, "BLOCK_K": 64, "GROUP_M": 8}
     return LaunchConfig({**tiles, "SPAN": span, "MIX": mix, "TMA": tma}, warps, stages)
 
@@ -215,7 +222,7 @@ MOE_MANY_GATE_UP: Table = {
     INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, **_MANY_SMALL}),
 }
 MOE_MANY_DOWN: Table = {
-    SM90: _many(128, 64, 128, 4, 3),
+    SM90: _many(128, 64, 128, 4, 3, span=4, mix=1, tma=1),
     GFX942: _many(128, 64, 128, 8, 2),
     GFX950: _many(128, 64, 128, 8, 2),
     INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, **_MANY_SMALL, "SPAN": 2}),
@@ -254,8 +261,8 @@ QK_NORM_ROPE: Table = {
 }
 QK_NORM_ROPE_MANY: Table = {
     SM90: LaunchConfig({"ROWS": 32}, num_warps=4),
-    GFX942: LaunchConfig({"ROWS": 64}, num_warps=4),
-    GFX950: LaunchConfig({"ROWS": 64}, num_warps=4),
+    GFX942: LaunchConfig({"ROWS": 32}, num_warps=4),
+    GFX950: LaunchConfig({"ROWS": 32}, num_warps=4),
     INTERPRET: LaunchConfig({"ROWS": 64}),
 }
 
@@ -287,8 +294,8 @@ INDEX_SCORE_PREFILL_FP32: Table = {
 # SCORES: how many a thread holds.
 INDEX_SELECT_PREFILL: Table = {
     SM90: LaunchConfig({"SCORES": 32}, num_stages=1),
-    GFX942: LaunchConfig({"SCORES": 16}, num_stages=1),
-    GFX950: LaunchConfig({"SCORES": 16}, num_stages=1),
+    GFX942: LaunchConfig({"SCORES": 8}, num_stages=1),
+    GFX950: LaunchConfig({"SCORES": 8}, num_stages=1),
     INTERPRET: LaunchConfig({"SCORES": 64}),
 }
 

@@ -77,7 +77,8 @@ def merge(target: Target, part: Tensor, lse: Tensor, first_token: int, heads: in
     padded, splits], base 2, -inf where a split saw no key.  heads: of one group, <= padded.
     """
     num_tokens, groups, splits, padded, dim = part.shape
-    config = configs.ATTENTION_MERGE[target.arch]
+    table = configs.ATTENTION_MERGE if splits <= 32 else configs.ATTENTION_MERGE_MANY
+    config = table[target.arch]
     target.launch(
         _merge_kernel,
         (num_tokens, groups * heads),
