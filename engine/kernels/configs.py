@@ -197,16 +197,14 @@ MOE_SORT: Table = {
 }
 
 
-# Sorted pairs. SMALL_M: an expert's last pairs use a tile of that many. SPAN: tiles of columns per program. MIX: the
-# last expert, of all tokens, runs beside the others. TMA: the weight comes through tensor descriptors.
-def _many(
-    m: int, small: int, n: int, warps: int, stages: int, span: int = 1, mix: int = 0, tma: int = 0
-) -> LaunchConfig:
+# Sorted pairs. SMALL_M: an expert's last pairs use a tile of that many. SPAN: tiles of columns per program. TMA: the
+# weight comes through tensor descriptors.
+def _many(m: int, small: int, n: int, warps: int, stages: int, span: int = 1, tma: int = 0) -> LaunchConfig:
     tiles = {"BLOCK_M": m, "SMALL_M": small, "BLOCK_N": n, "BLOCK_K": 64, "GROUP_M": 8}
-    return LaunchConfig({**tiles, "SPAN": span, "MIX": mix, "TMA": tma}, warps, stages)
+    return LaunchConfig({**tiles, "SPAN": span, "TMA": tma}, warps, stages)
 
 
-_MANY_SMALL = {"BLOCK_K": 32, "GROUP_M": 2, "SPAN": 1, "MIX": 1, "TMA": 0}
+_MANY_SMALL = {"BLOCK_K": 32, "GROUP_M": 2, "SPAN": 1, "TMA": 0}
 # Few per expert: bound by the weights.
 MOE_MANY_SHORT: Table = {
     SM90: _many(64, 64, 128, 4, 4),
@@ -216,13 +214,13 @@ MOE_MANY_SHORT: Table = {
 }
 # Many: bound by the matrix units.
 MOE_MANY_GATE_UP: Table = {
-    SM90: _many(128, 64, 256, 8, 3, mix=1, tma=1),
+    SM90: _many(128, 64, 256, 8, 3, tma=1),
     GFX942: _many(128, 64, 128, 8, 2),
     GFX950: _many(128, 64, 128, 8, 2),
     INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, **_MANY_SMALL}),
 }
 MOE_MANY_DOWN: Table = {
-    SM90: _many(128, 64, 128, 4, 3, span=4, mix=1, tma=1),
+    SM90: _many(128, 64, 256, 8, 4, span=4, tma=1),
     GFX942: _many(128, 64, 128, 8, 2),
     GFX950: _many(128, 64, 128, 8, 2),
     INTERPRET: LaunchConfig({"BLOCK_M": 32, "SMALL_M": 16, "BLOCK_N": 64, **_MANY_SMALL, "SPAN": 2}),
@@ -270,6 +268,7 @@ QK_NORM_ROPE_MANY: Table = {
 # Decode programs per unit: of a row that has its own, and of rows that share them.
 INDEX_DECODE_PROGRAMS = {SM90: (8, 6), GFX942: (5, 5), GFX950: (5, 5), INTERPRET: (2, 2)}
 INDEX_SCORE_DECODE: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=4, num_stages=1))
+INDEX_SCORE_DECODE_FP8: Table = INDEX_SCORE_DECODE | {SM90: LaunchConfig(num_warps=2, num_stages=1)}
 INDEX_SCORE_DECODE_FP32: Table = dict.fromkeys(
     (SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=8, num_stages=1)
 )

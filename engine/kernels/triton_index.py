@@ -63,8 +63,7 @@ def _select_decode(
     width = -(-bound // 16) * 16
     scores = torch.empty((rows, heads, width), dtype=torch.float32, device=index_q.device)
     balanced = rows >= BALANCED_FROM
-    is_float32 = index_q.dtype == torch.float32
-    config = (configs.INDEX_SCORE_DECODE_FP32 if is_float32 else configs.INDEX_SCORE_DECODE)[target.arch]
+    config = _decode_config(target, index_q, pages)
     select = configs.INDEX_SELECT_DECODE[target.arch]
     pdl = not (target.is_hip or target.interpreted) and "launch_pdl" in select.cuda
     if bound > params.topk_blocks:
@@ -128,6 +127,12 @@ def _choice(params: SelectParams) -> dict[str, int]:
         "INIT_BLOCKS": params.init_blocks,
         "LOCAL_BLOCKS": params.local_blocks,
     }
+
+
+def _decode_config(target: Target, index_q: Tensor, pages: KVPages) -> LaunchConfig:
+    if index_q.dtype == torch.float32:
+        return configs.INDEX_SCORE_DECODE_FP32[target.arch]
+    return (configs.INDEX_SCORE_DECODE if pages.index_k_scale is None else configs.INDEX_SCORE_DECODE_FP8)[target.arch]
 
 
 def _widened(config: LaunchConfig, bound: int, pdl: bool) -> LaunchConfig:

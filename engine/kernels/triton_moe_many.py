@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels import configs
 from engine.kernels.launch import LaunchConfig, Target
@@ -68,10 +69,11 @@ def _find_tile(
     upto = tl.cumsum(programs, 0)
     total = tl.sum(programs, 0)
     program = tl.program_id(0)
+    inside = program < total
     if XCDS > 1:
         chiplet = program % XCDS
         moved = chiplet * (total // XCDS) + tl.minimum(chiplet, total % XCDS) + program // XCDS
-        program = tl.where(program < total, moved, program)
+        program = tl.where(inside, moved, program)
     expert = tl.sum((upto <= program).to(tl.int32), 0)
     mine = index == expert
     local = program - tl.sum(tl.where(mine, upto - programs, 0), 0)
@@ -82,38 +84,23 @@ def _find_tile(
     size = tl.maximum(tl.minimum(tiles_m - group * GROUP_M, GROUP_M), 1)
     within = local - group * GROUP_M * tiles_n
     first = start + (group * GROUP_M + within % size) * BLOCK_M
-    return tl.where(program < total, expert, -1), first, tl.minimum(end - first, BLOCK_M), within // size
+    return tl.where(inside, expert, -1), first, tl.minimum(end - first, BLOCK_M), within // size
 
 
 @triton.jit
-def _token_dot(
-    x,
-    tokens,
-    valid,
-    weight,
-    rows,
-    acc,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """acc + token rows times weight rows, [tokens, rows] fp32."""
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        inside = valid[:, None] if EVEN_K else valid[:, None] & (columns < K)[None, :]
-        values = operand(tl.load(x + tokens[:, None] * K + columns[None, :], mask=inside, other=0.0), UPCAST)
-        tile = weight_tile(weight, rows, columns, K, EVEN_K, UPCAST)
-        acc = tl.dot(values, tl.trans(tile), acc, input_precision="ieee")
-    return acc
+def _token_tile(x, tokens, valid, columns, K: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr):
+    """[tokens, columns] of x, [num, K]; tokens that are not `valid` read as 0."""
+    inside = valid[:, None] if EVEN_K else valid[:, None] & (columns < K)[None, :]
+    return operand(tl.load(x + tokens[:, None] * K + columns[None, :], mask=inside, other=0.0), UPCAST)
 
 
 @triton.jit
 def _gate_up_rows(
     x,
-    weight,
+    w13,
     order,
     hidden,
+    expert,
     first,
     count,
     start,
@@ -126,24 +113,35 @@ def _gate_up_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     half: tl.constexpr = BLOCK_N // 2
-    index = tl.arange(0, BLOCK_M)
+    index, row = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     valid = index < count
     tokens = tl.load(order + first + index, mask=valid, other=0) // RANKS
-    row = tl.arange(0, BLOCK_N)
-    # Gate and up rows in turn: the matrix units keep neighbouring columns in one thread.
-    rows = (row % 2) * WIDTH + tl.minimum(start + row // 2, WIDTH - 1)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc = _token_dot(x, tokens, valid, weight, rows, acc, K, BLOCK_K, EVEN_K, UPCAST)
-    gate, up = tl.split(tl.reshape(acc, [BLOCK_M, half, 2]))
-    values = swiglu_oai(gate, up, alpha, limit, beta).to(hidden.dtype.element_ty)
-    columns = start + tl.arange(0, half)
     hidden += first.to(tl.int64) * WIDTH
-    inside = valid[:, None] & (columns < WIDTH)[None, :]
-    tl.store(hidden + index[:, None] * WIDTH + columns[None, :], values, mask=inside)
+    # Flattened: the loads of the next tile run while this one is finished.
+    for step in tl.range(0, SPAN, flatten=SPAN > 1):
+        n = start + step * half
+        # Gate and up rows in turn: the matrix units keep neighbouring columns in one thread.
+        rows = (row % 2) * WIDTH + tl.minimum(n + row // 2, WIDTH - 1)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            columns = k + tl.arange(0, BLOCK_K)
+            values = _token_tile(x, tokens, valid, columns, K, EVEN_K, UPCAST)
+            if TMA:
+                tile = tl.reshape(w13.load([expert, n, 0, k]), [BLOCK_N, BLOCK_K])
+            else:
+                tile = weight_tile(w13 + expert.to(tl.int64) * 2 * WIDTH * K, rows, columns, K, EVEN_K, UPCAST)
+            acc = tl.dot(values, tl.trans(tile), acc, input_precision="ieee")
+        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, half, 2]))
+        values = swiglu_oai(gate, up, alpha, limit, beta).to(hidden.dtype.element_ty)
+        columns = n + tl.arange(0, half)
+        inside = valid[:, None] & (columns < WIDTH)[None, :]
+        tl.store(hidden + index[:, None] * WIDTH + columns[None, :], values, mask=inside)
 
 
 @triton.jit
@@ -154,7 +152,7 @@ def _many_gate_up_kernel(
     offsets,
     hidden,
     num_experts,
-    tiles_n,
+    spans,
     WIDTH,
     alpha,
     limit,
@@ -166,43 +164,46 @@ def _many_gate_up_kernel(
     SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     XCDS: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Program: a tile of sorted pairs times BLOCK_N // 2 columns. hidden: [pairs, WIDTH], in sorted order.
+    """Program: a tile of sorted pairs times SPAN tiles of BLOCK_N // 2 columns. hidden: [pairs, WIDTH], sorted.
 
     An expert's last tile is often short: up to SMALL_M pairs of it are multiplied as a smaller tile.
+    w13: a tensor, or with TMA the descriptor of _gate_up_descriptor.
     """
-    expert, first, count, tile = _find_tile(offsets, tiles_n, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
-    start = tile * (BLOCK_N // 2)
+    expert, first, count, tile = _find_tile(offsets, spans, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
+    start = tile * (BLOCK_N // 2 * SPAN)
     if expert >= 0:
-        weight = w13 + expert.to(tl.int64) * 2 * WIDTH * K
         if SMALL_M < BLOCK_M:
             if count <= SMALL_M:
                 _gate_up_rows(
-                    x, weight, order, hidden, first, count, start, WIDTH, alpha, limit, beta,
-                    RANKS, K, SMALL_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST,
+                    x, w13, order, hidden, expert, first, count, start, WIDTH, alpha, limit, beta,
+                    RANKS, K, SMALL_M, BLOCK_N, BLOCK_K, SPAN, TMA, EVEN_K, UPCAST,
                 )  # fmt: skip
             else:
                 _gate_up_rows(
-                    x, weight, order, hidden, first, count, start, WIDTH, alpha, limit, beta,
-                    RANKS, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST,
+                    x, w13, order, hidden, expert, first, count, start, WIDTH, alpha, limit, beta,
+                    RANKS, K, BLOCK_M, BLOCK_N, BLOCK_K, SPAN, TMA, EVEN_K, UPCAST,
                 )  # fmt: skip
         else:
             _gate_up_rows(
-                x, weight, order, hidden, first, count, start, WIDTH, alpha, limit, beta,
-                RANKS, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST,
+                x, w13, order, hidden, expert, first, count, start, WIDTH, alpha, limit, beta,
+                RANKS, K, BLOCK_M, BLOCK_N, BLOCK_K, SPAN, TMA, EVEN_K, UPCAST,
             )  # fmt: skip
 
 
 @triton.jit
 def _down_rows(
     hidden,
-    weight,
+    w2,
     order,
     partial,
+    expert,
     first,
     count,
     start,
@@ -211,19 +212,31 @@ def _down_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     index, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     valid = index < count
-    rows = tl.minimum(column, N - 1 - start)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    hidden += first.to(tl.int64) * K
-    acc = _token_dot(hidden, index, valid, weight, rows, acc, K, BLOCK_K, EVEN_K, UPCAST)
     pairs = tl.load(order + first + index, mask=valid, other=0).to(tl.int64)
-    inside = valid[:, None] & (start + column < N)[None, :]
-    out = partial + start + pairs[:, None] * N + column[None, :]
-    tl.store(out, acc.to(partial.dtype.element_ty), mask=inside)
+    hidden += first.to(tl.int64) * K
+    out = partial + pairs[:, None] * N + column[None, :]
+    # Flattened: the loads of the next tile run during the stores of this one.
+    for step in tl.range(0, SPAN, flatten=SPAN > 1):
+        n = start + step * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            columns = k + tl.arange(0, BLOCK_K)
+            values = _token_tile(hidden, index, valid, columns, K, EVEN_K, UPCAST)
+            if TMA:
+                tile = w2.load([expert * N + n, k])
+            else:
+                rows = tl.minimum(n + column, N - 1)
+                tile = weight_tile(w2 + expert.to(tl.int64) * N * K, rows, columns, K, EVEN_K, UPCAST)
+            acc = tl.dot(values, tl.trans(tile), acc, input_precision="ieee")
+        inside = valid[:, None] & (n + column < N)[None, :]
+        tl.store(out + n, acc.to(partial.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -234,7 +247,7 @@ def _many_down_kernel(
     offsets,
     partial,
     num_experts,
-    tiles_n,
+    spans,
     N,
     BLOCK_E: tl.constexpr,
     K: tl.constexpr,
@@ -242,31 +255,35 @@ def _many_down_kernel(
     SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     XCDS: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Program: a tile of sorted pairs times BLOCK_N output columns. partial: [pairs, N], by pair, not yet weighted."""
-    expert, first, count, tile = _find_tile(offsets, tiles_n, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
-    start = tile * BLOCK_N
+    """Program: a tile of sorted pairs times SPAN tiles of BLOCK_N columns. partial: [pairs, N], by pair, not weighted.
+
+    w2: a tensor, or with TMA the descriptor of _down_descriptor.
+    """
+    expert, first, count, tile = _find_tile(offsets, spans, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
+    start = tile * (BLOCK_N * SPAN)
     if expert >= 0:
-        weight = w2 + (expert.to(tl.int64) * N + start) * K
         if SMALL_M < BLOCK_M:
             if count <= SMALL_M:
                 _down_rows(
-                    hidden, weight, order, partial, first, count, start, N,
-                    K, SMALL_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST,
+                    hidden, w2, order, partial, expert, first, count, start, N,
+                    K, SMALL_M, BLOCK_N, BLOCK_K, SPAN, TMA, EVEN_K, UPCAST,
                 )  # fmt: skip
             else:
                 _down_rows(
-                    hidden, weight, order, partial, first, count, start, N,
-                    K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST,
+                    hidden, w2, order, partial, expert, first, count, start, N,
+                    K, BLOCK_M, BLOCK_N, BLOCK_K, SPAN, TMA, EVEN_K, UPCAST,
                 )  # fmt: skip
         else:
             _down_rows(
-                hidden, weight, order, partial, first, count, start, N,
-                K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST,
+                hidden, w2, order, partial, expert, first, count, start, N,
+                K, BLOCK_M, BLOCK_N, BLOCK_K, SPAN, TMA, EVEN_K, UPCAST,
             )  # fmt: skip
 
 
@@ -281,31 +298,49 @@ def many_tokens(
     offsets = ids.new_empty(num_experts + 1, dtype=torch.int32)
     sort_config = configs.MOE_SORT[target.arch]
     target.launch(_sort_pairs_kernel, (num_experts,), ids, order, offsets, num_pairs, config=sort_config)
-    block_e = triton.next_power_of_2(num_experts)
-    xcds = _XCDS if target.is_hip else 1
+    common = {"BLOCK_E": triton.next_power_of_2(num_experts), "XCDS": _XCDS if target.is_hip else 1}
     gate_up, down = _many_configs(target, x.dtype, num_pairs // num_experts)
-    tiles_n = triton.cdiv(width, gate_up["BLOCK_N"] // 2)
+    # Descriptors need rows that start at multiples of 16 bytes.
+    aligned = size % 8 == 0 and width % 8 == 0
+    spans = triton.cdiv(width, gate_up["BLOCK_N"] // 2 * gate_up["SPAN"])
+    constexprs = inner_sum(target, size, gate_up)
+    constexprs["TMA"] = tma = int(aligned and gate_up["TMA"])
+    weight = _gate_up_descriptor(w13, gate_up["BLOCK_N"], constexprs["BLOCK_K"]) if tma else w13
     target.launch(
         _many_gate_up_kernel,
-        (_max_tiles(num_pairs, num_experts, gate_up["BLOCK_M"]) * tiles_n,),
-        *(x, w13, order, offsets, hidden, num_experts, tiles_n, width, act.alpha, act.limit, act.beta),
+        (_max_tiles(num_pairs, num_experts, gate_up["BLOCK_M"]) * spans,),
+        *(x, weight, order, offsets, hidden, num_experts, spans, width, act.alpha, act.limit, act.beta),
         config=gate_up,
         RANKS=ranks,
-        BLOCK_E=block_e,
-        XCDS=xcds,
-        **inner_sum(target, size, gate_up),
+        **common,
+        **constexprs,
     )
-    tiles_n = triton.cdiv(size, down["BLOCK_N"])
+    spans = triton.cdiv(size, down["BLOCK_N"] * down["SPAN"])
+    constexprs = inner_sum(target, width, down)
+    constexprs["TMA"] = tma = int(aligned and down["TMA"])
+    weight = _down_descriptor(w2, down["BLOCK_N"], constexprs["BLOCK_K"]) if tma else w2
     target.launch(
         _many_down_kernel,
-        (_max_tiles(num_pairs, num_experts, down["BLOCK_M"]) * tiles_n,),
-        *(hidden, w2, order, offsets, partial, num_experts, tiles_n, size),
+        (_max_tiles(num_pairs, num_experts, down["BLOCK_M"]) * spans,),
+        *(hidden, weight, order, offsets, partial, num_experts, spans, size),
         config=down,
-        BLOCK_E=block_e,
-        XCDS=xcds,
-        **inner_sum(target, width, down),
+        **common,
+        **constexprs,
     )
     sum_ranks(target, partial, weights, out)
+
+
+def _gate_up_descriptor(w13: Tensor, block_n: int, block_k: int) -> TensorDescriptor:
+    """Tiles of block_n rows of w13, gate and up rows in turn."""
+    num_experts, rows, size = w13.shape
+    shape, strides = [num_experts, rows // 2, 2, size], [rows * size, size, rows // 2 * size, 1]
+    return TensorDescriptor(w13, shape, strides, [1, block_n // 2, 2, block_k])
+
+
+def _down_descriptor(w2: Tensor, block_n: int, block_k: int) -> TensorDescriptor:
+    """Tiles of block_n rows of w2. One that crosses into the next expert brings rows that are not stored."""
+    num_experts, rows, width = w2.shape
+    return TensorDescriptor(w2, [num_experts * rows, width], [width, 1], [block_n, block_k])
 
 
 def _many_configs(target: Target, dtype: torch.dtype, pairs_per_expert: int) -> tuple[LaunchConfig, LaunchConfig]:

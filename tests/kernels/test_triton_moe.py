@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels import torch_linear, triton_moe
+from engine.kernels import torch_linear, triton_moe, triton_moe_many
 from engine.kernels.params import SwigluParams
 from tests.kernels.devices import DEVICE, ON_GPU, TARGET
 
@@ -68,6 +68,14 @@ def test_small_routing(num_tokens: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 3, 20, 70])
 def test_bfloat16(num_tokens: int) -> None:
     check(num_tokens, 96, 48, 8, routing(num_tokens, 8, 3, True, "random"), BF16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("kind", ["random", "same"])
+def test_large_tiles(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configurations for many pairs per expert, on sizes that fill no tile of theirs."""
+    monkeypatch.setattr(triton_moe_many, "_FULL_TILES", 0)
+    check(70, 96, 48, 8, routing(70, 8, 3, True, kind), dtype)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="too large for Triton's interpreter")
