@@ -39,6 +39,7 @@ BUDGET = 8192
 # What long prompts' products reach on an H100; prefill floors assume it whatever the device.
 PREFILL_FLOPS = 600e12
 _COVERAGE_DRAWS = 16
+PROBE_INTERVAL = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Load:
             "num_pages": max(rows * -(-length // PAGE_SIZE) for rows, length in lengths) + 1,
             # A repeated prompt would be found instead of computed.
             "enable_prefix_caching": False,
+            # Often enough for every case to be probed, too rarely to move a median.
+            "probe_interval": PROBE_INTERVAL,
         }
 
 
