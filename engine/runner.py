@@ -36,7 +36,7 @@ _PROMPT_LOGIT_ROWS = 256
 # on CPU for the other processes of the machine.
 CPU_MEMORY_FRACTION = 0.5
 GPU_MEMORY_FRACTION = 0.85
-# A probed step waits on the device for its launches to be queued: as long as the last one's took, at most this long.
+# A probed step holds the device until its launches are queued, at most this long.
 MAX_HOLD_S = 0.1
 
 
@@ -266,7 +266,8 @@ class ModelRunner:
         probe = None
         if plan.probe:
             probe = LayerProbe(self.device)
-            hold(self.device, min(self._probed_launch_s, MAX_HOLD_S))
+            # Half as long again as the last one took: launches that fall behind would be measured with their gaps.
+            hold(self.device, min(1.5 * self._probed_launch_s, MAX_HOLD_S))
         token_ids, batch, slots = self._tables.batch(plan, self._residents, probe)
         started = mark(self.device)
         hidden = self.model.forward(token_ids, batch)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.kernels import torch_index, triton_index
+from engine.kernels.batch import Segment, StepBatch
 from engine.kernels.params import KVPages, Selection, SelectParams
 from tests.kernels import reference
 from tests.kernels.devices import DEVICE, ON_GPU, TARGET, to_device
@@ -111,6 +112,22 @@ def test_decode_variants(rows: list[tuple[int, int]]) -> None:
 def test_prefill(params: SelectParams, heads: int, dtype: torch.dtype) -> None:
     rows = DECODE[6:8] + (PREFILL if ON_GPU else [*PREFILL[:3], (391, 140)])
     check(cast(integer_step(rows, index_heads=heads, dim=32, seed=3), dtype), params)
+
+
+def test_scores_of_a_long_context_stay_small() -> None:
+    """32k tokens at the end of 1M: windows cover each once, and none has more scores than the scratch holds."""
+    rows = [(700, 5), (2**20 - 2**15, 2**15)]
+    nothing = torch.empty(0)
+    starts = [0, 5, 5 + 2**15]
+    segment = Segment("prefill", 0, 2, 0, starts[-1])
+    seq_lens = [before + new for before, new in rows]
+    batch = StepBatch(nothing, nothing, nothing, nothing, nothing, nothing, starts, seq_lens, (segment,))
+    at = 0
+    for window in triton_index._windows(batch, segment, heads=4):
+        assert window.start == at
+        at = window.end
+        assert 4 * 4 * window.num_blocks * (window.end - window.start) <= triton_index._SCRATCH_BYTES == 48 * 2**20
+    assert at == starts[-1]
 
 
 def test_prefill_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.kernels import launch
 from tests.checkpoints import make_checkpoint
 
 SIZES = {
@@ -32,3 +36,27 @@ def tokens(model: Path, **settings: object) -> list[list[int]]:
 def test_tokens_equal_those_of_torch(model: Path) -> None:
     settings = {"index_topk_freq": 2, "async_scheduling": True}
     assert tokens(model, backend="triton", **settings) == tokens(model, backend="torch", **settings)
+
+
+def test_reuse_layers_launch_no_indexer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores, top-k and block unions run once per step in each F layer, and never in an S layer."""
+    launched: Counter[str] = Counter()
+
+    def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Any, options: Any) -> None:
+        launched[kernel.__name__] += 1
+        kernel[grid](*args, **constants, **options)
+
+    found = launch.detect()
+    monkeypatch.setattr(launch, "detect", lambda: dataclasses.replace(found, recorder=record))
+    fixed = {"dtype": "float32", "max_model_len": 512, "num_pages": 6, "max_num_seqs": 1, "enforce_eager": True}
+    greedy = SamplingParams(max_tokens=1, temperature=0)
+    per_prefill = {}
+    for pattern in ("FF", "FS"):
+        with LLM(model, backend="triton", index_topk_pattern=pattern, **fixed) as llm:
+            launched.clear()
+            llm.generate([[i % 290 + 3 for i in range(260)]], greedy)
+            per_prefill[pattern] = dict(launched)
+    indexer = ("score_prefill", "select_prefill", "_build_kernel")
+    assert [per_prefill["FF"][name] for name in indexer] == [2, 2, 2]
+    assert [per_prefill["FS"][name] for name in indexer] == [1, 1, 1]
+    assert per_prefill["FF"]["_attend_kernel"] == per_prefill["FS"]["_attend_kernel"] == 2
