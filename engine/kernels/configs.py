@@ -37,7 +37,13 @@ DENSE_DECODE: Table = {
     GFX950: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
     INTERPRET: LaunchConfig({"BLOCK_N": 128}),
 }
-DECODE_FP8: Table = {
+SPARSE_DECODE_FP8: Table = {
+    SM90: LaunchConfig({"BLOCK_N": 128}, num_warps=4, num_stages=2),
+    GFX942: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
+    GFX950: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
+    INTERPRET: LaunchConfig({"BLOCK_N": 128}),
+}
+DENSE_DECODE_FP8: Table = {
     SM90: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=5),
     GFX942: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
     GFX950: LaunchConfig({"BLOCK_N": 64}, num_warps=4, num_stages=1, hip=_MFMA16),
@@ -51,6 +57,7 @@ DECODE_FLOAT32: Table = {
 }
 # (programs per unit, most splits of a row): how finely the keys of a row are split.
 SPARSE_DECODE_PROGRAMS = {SM90: (1, 32), GFX942: (4, 16), GFX950: (4, 16), INTERPRET: (4, 4)}
+SPARSE_DECODE_FP8_PROGRAMS = {SM90: (2, 32), GFX942: (4, 16), GFX950: (4, 16), INTERPRET: (4, 4)}
 DENSE_DECODE_PROGRAMS = {SM90: (2, 128), GFX942: (4, 64), GFX950: (4, 64), INTERPRET: (4, 4)}
 ATTENTION_MERGE: Table = {
     SM90: LaunchConfig(num_warps=1, num_stages=1, cuda={"launch_pdl": True}),
@@ -266,7 +273,7 @@ QK_NORM_ROPE_MANY: Table = {
 
 # triton_index
 # Decode programs per unit: of a row that has its own, and of rows that share them.
-INDEX_DECODE_PROGRAMS = {SM90: (8, 6), GFX942: (5, 5), GFX950: (5, 5), INTERPRET: (2, 2)}
+INDEX_DECODE_PROGRAMS = {SM90: (8, 12), GFX942: (5, 5), GFX950: (5, 5), INTERPRET: (2, 2)}
 INDEX_SCORE_DECODE: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=4, num_stages=1))
 INDEX_SCORE_DECODE_FP8: Table = INDEX_SCORE_DECODE | {SM90: LaunchConfig(num_warps=2, num_stages=1)}
 INDEX_SCORE_DECODE_FP32: Table = dict.fromkeys(

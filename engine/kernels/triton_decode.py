@@ -219,11 +219,16 @@ def attend_sparse(
     """torch_attention.attend_sparse for a decode segment."""
     index_heads, _, topk = selection.blocks.shape
     programs = segment.num_rows * max(pages.k.shape[1], index_heads)
-    # With few rows even one block per program leaves units idle: smaller pieces, a shorter critical path.
-    small = programs * topk < target.num_units
-    table = configs.SPARSE_DECODE_SMALL if small else configs.SPARSE_DECODE
-    config = _config(target, q, pages, table)
-    splits = num_splits(target, programs, topk * PAGE // config["BLOCK_N"], configs.SPARSE_DECODE_PROGRAMS)
+    rule = configs.SPARSE_DECODE_PROGRAMS
+    if q.dtype == torch.float32:
+        config = configs.DECODE_FLOAT32[target.arch]
+    elif pages.k_scale is not None:
+        config, rule = configs.SPARSE_DECODE_FP8[target.arch], configs.SPARSE_DECODE_FP8_PROGRAMS
+    else:
+        # With few rows even one block per program leaves units idle: smaller pieces, a shorter critical path.
+        small = programs * topk < target.num_units
+        config = (configs.SPARSE_DECODE_SMALL if small else configs.SPARSE_DECODE)[target.arch]
+    splits = num_splits(target, programs, topk * PAGE // config["BLOCK_N"], rule)
     _attend(target, q, pages, selection, batch, segment, scale, out, config, splits)
 
 
@@ -231,18 +236,15 @@ def attend_dense(
     target: Target, q: Tensor, pages: KVPages, batch: StepBatch, segment: Segment, scale: float, out: Tensor
 ) -> None:
     """torch_attention.attend_dense for a decode segment."""
-    config = _config(target, q, pages, configs.DENSE_DECODE)
+    if q.dtype == torch.float32:
+        config = configs.DECODE_FLOAT32[target.arch]
+    else:
+        config = (configs.DENSE_DECODE if pages.k_scale is None else configs.DENSE_DECODE_FP8)[target.arch]
     # By the width of the table, not the lengths of today: a captured graph serves all lengths that fit.
     most_units = batch.block_table.shape[1] * PAGE // config["BLOCK_N"]
     programs = segment.num_rows * pages.k.shape[1]
     splits = num_splits(target, programs, most_units, configs.DENSE_DECODE_PROGRAMS)
     _attend(target, q, pages, None, batch, segment, scale, out, config, splits)
-
-
-def _config(target: Target, q: Tensor, pages: KVPages, table: configs.Table) -> LaunchConfig:
-    if q.dtype == torch.float32:
-        return configs.DECODE_FLOAT32[target.arch]
-    return (table if pages.k_scale is None else configs.DECODE_FP8)[target.arch]
 
 
 def num_splits(target: Target, programs: int, most: int, rule: dict[str, tuple[int, int]]) -> int:
