@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.batches import Resident, SlotTables
-from engine.config import PAGE_SIZE, EngineConfig, read_json, resolve_model
+from engine.config import PAGE_SIZE, EngineConfig, ModelConfig, read_json, resolve_model
 from engine.errors import CheckpointError, ConfigError
 from engine.graphs import DecodeGraphs
 from engine.kernels.api import resolve
@@ -103,6 +103,8 @@ class ModelRunner:
                 f"tensor_parallel_size={self.parallel.size}: on a GPU one rank is supported so far; "
                 "backend=torch runs groups on CPU"
             )
+        if kernels.power_of_two_dims:
+            _check_dims(self.model_config)
         is_dummy = config.load_format == "dummy"
         weights: WeightSource = DummyWeights(config.seed, self.device) if is_dummy else CheckpointWeights(path)
         with torch.inference_mode():
@@ -369,6 +371,16 @@ class ModelRunner:
                 tokens = to_device(chunk, torch.int64, self.device)
                 found.append((i, chunk, pending_logprobs(logits, tokens, [num_top] * len(chunk))))
         return found
+
+
+def _check_dims(model: ModelConfig) -> None:
+    """ConfigError when the triton kernels have no tiles for the model's heads."""
+    for name, least in (("head_dim", 16), ("index_dim", 16), ("rotary_dim", 2)):
+        value = getattr(model, name)
+        if value < least or value & (value - 1):
+            raise ConfigError(
+                f"{name}={value}: backend=triton needs a power of two from {least} on; backend=torch takes any"
+            )
 
 
 def _available_bytes() -> int:

@@ -45,7 +45,7 @@ class KernelSet:
 
     device: where all tensors live.  fp8_dtype: of fp8 pages.  group_tokens: how many neighbouring prefill tokens
     attend together through Selection.unions; 0 where the backend has no use for them.  decode: None where steps
-    cannot be captured.
+    cannot be captured.  power_of_two_dims: heads of other sizes are not supported.
     """
 
     name: str
@@ -65,6 +65,7 @@ class KernelSet:
     attend_dense: Callable[..., None]
     attend_sparse: Callable[..., None]
     decode: DecodeKernels | None = None
+    power_of_two_dims: bool = False
 
 
 def resolve(backend: str) -> KernelSet:

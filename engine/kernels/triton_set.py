@@ -51,6 +51,7 @@ def bind(target: launch.Target, device: torch.device) -> KernelSet:
         select_blocks=partial(triton_index.select_blocks, target),
         attend_dense=partial(_attend_dense, target),
         attend_sparse=partial(_attend_sparse, target),
+        power_of_two_dims=True,
         decode=DecodeKernels(partial(triton_prepare.prepare, target), partial(triton_sample.sample, target)),
     )
 

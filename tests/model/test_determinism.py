@@ -91,6 +91,15 @@ def test_chunked_prefill_mixed_with_decode(model: Path, alone: list[Output], chu
         same(llm.generate(prompts(llm.info.vocab_size), params()), alone)
 
 
+@pytest.mark.parametrize("num_pages", [128, 20])
+def test_overlapping_steps(model: Path, alone: list[Output], num_pages: int) -> None:
+    """A step is planned before the tokens of the last one are known; with few pages requests are preempted, too."""
+    settings = {"async_scheduling": True, "num_pages": num_pages, "max_num_batched_tokens": 300, "max_num_seqs": 4}
+    with load(model, **settings) as llm:
+        assert llm.info.max_in_flight == 2
+        same(llm.generate(prompts(llm.info.vocab_size), params()), alone)
+
+
 def test_prefix_cache(model: Path, alone: list[Output]) -> None:
     """The second run finds every whole page of the first, and says so."""
     with load(model) as llm:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.errors import ConfigError
 from engine.kernels import launch
 from tests.checkpoints import make_checkpoint
 
@@ -60,3 +61,9 @@ def test_reuse_layers_launch_no_indexer(model: Path, monkeypatch: pytest.MonkeyP
     assert [per_prefill["FF"][name] for name in indexer] == [2, 2, 2]
     assert [per_prefill["FS"][name] for name in indexer] == [1, 1, 1]
     assert per_prefill["FF"]["_attend_kernel"] == per_prefill["FS"]["_attend_kernel"] == 2
+
+
+def test_heads_that_have_no_tiles_are_refused(tmp_path: Path) -> None:
+    odd = make_checkpoint(tmp_path, **{**SIZES, "head_dim": 48, "rotary_dim": 16})
+    with pytest.raises(ConfigError, match="head_dim=48: backend=triton needs a power of two"):
+        LLM(odd, backend="triton")
