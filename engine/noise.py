@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MIN_TEMPERATURE = 1e-30  # below, float32 division of a score would give 0/0
+
 _MASK64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX1 = 0xBF58476D1CE4E5B9

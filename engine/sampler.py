@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.noise import gumbel_noise, noise_key
+from engine.noise import MIN_TEMPERATURE, gumbel_noise, noise_key
 from engine.transfer import to_device, to_host
 from engine.types import NOT_FINITE, Logprobs, NewRequest, SamplingParams
 
 SMALL_TOP_K = 1024  # up to here, the best tokens are found without sorting the vocabulary
-MIN_TEMPERATURE = 1e-30  # below, float32 division would give 0/0
 CHUNK_ELEMENTS = 2**24  # of [rows, vocab] at a time, to bound the memory of the 64-bit temporaries
 WEIGHT_BITS = 44  # fixed point of a weight in [0, 1]: 2^18 tokens of weight 1 still fit in 63 bits
 TOP_P_OFF = 2.0  # no prefix of the ranking reaches twice the total

@@ -16,7 +16,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine import noise
 from engine.kernels import configs
 from engine.kernels.launch import SM90, Target
-from engine.sampler import MIN_TEMPERATURE
 from engine.types import NOT_FINITE
 
 # As constants of the kernels: SplitMix64's, unsigned.
@@ -24,7 +23,7 @@ _GOLDEN = tl.constexpr(noise.GOLDEN)
 _MIX1 = tl.constexpr(noise.MIX1)
 _MIX2 = tl.constexpr(noise.MIX2)
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
-_MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+_MIN_TEMPERATURE = tl.constexpr(noise.MIN_TEMPERATURE)
 _LARGEST_UNIFORM = tl.constexpr(1 - 2.0**-24)
 
 
