@@ -24,6 +24,7 @@ from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
 from engine.errors import CheckpointError, ConfigError, M3Error
+from engine.ray_executor import rank_resources
 from service.app import build
 from service.exporter import Exporter
 from service.settings import ServiceSettings
@@ -135,10 +136,23 @@ def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSett
             _temp_dir=directory,
             _node_ip_address="127.0.0.1",
         )
+        _check_gpus(settings)
         yield settings.model_copy(update={"data_host": settings.data_host or "127.0.0.1"})
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _check_gpus(settings: ServiceSettings) -> None:
+    """ConfigError when this machine lacks the GPUs of a private cluster's ranks: nobody else will bring them."""
+    cluster = ray.cluster_resources()
+    ranks = settings.replicas * settings.tensor_parallel_size
+    needed = ranks * rank_resources(settings.backend, cluster).get("GPU", 0.0)
+    if needed > (there := cluster.get("GPU", 0.0)):
+        raise ConfigError(
+            f"backend={settings.backend} needs a GPU for each of {settings.replicas} replicas x "
+            f"{settings.tensor_parallel_size} ranks, and this machine has {there:.0f}; backend=torch runs on CPU"
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from engine.errors import ConfigError
 from service.cli import build_parser, main
@@ -213,6 +214,19 @@ def test_serve_says_when_it_is_ready_and_finishes_what_runs_at_sigterm(serve_com
         time.sleep(0.1)
     assert [pid for pid in pids if process_exists(pid)] == []
     assert len(command.lines) == 1, "stdout carries the ready line alone"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the command asks for")
+def test_a_backend_without_its_gpu_is_refused_before_anything_waits_for_one(
+    serve_command: Any, checkpoint: Path
+) -> None:
+    command = serve_command("--model", str(checkpoint), "--backend", "triton")
+    assert command.process.wait(timeout=START_TIMEOUT_S) == 2, command.errors
+    wait_until(
+        lambda: any("backend=triton needs a GPU for each of 1 replicas x 1 ranks" in line for line in command.errors),
+        timeout_s=5,
+        what="the error line",
+    )
 
 
 def test_a_truncated_shard_ends_the_command_with_its_name(serve_command: Any, checkpoint: Path, tmp_path: Path) -> None:
