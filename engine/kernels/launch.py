@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
 
 from engine.errors import ConfigError
 
@@ -82,8 +83,6 @@ class Target:
 
 def detect() -> Target:
     """The device of this process. Raises ConfigError where Triton kernels cannot run."""
-    import triton  # noqa: PLC0415 - machines without a GPU never need it
-
     if triton.knobs.runtime.interpret:
         return Target(INTERPRET, _UNITS[INTERPRET])
     if not torch.cuda.is_available():
