@@ -88,9 +88,17 @@ def detect() -> Target:
     if not torch.cuda.is_available():
         raise ConfigError("backend=triton needs a CUDA or ROCm device, and torch sees none; backend=torch runs on CPU")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else SM90
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        # Later NVIDIA architectures run what Hopper runs.
+        is_later = properties.major >= 9
+        arch = SM90 if is_later else f"sm_{properties.major}{properties.minor}"
     if arch not in SHARED_BYTES:
-        raise ConfigError(f"backend=triton runs on gfx942, gfx950 and NVIDIA sm_90, and this device is {arch}")
+        raise ConfigError(
+            f"backend=triton runs on gfx942, gfx950 and NVIDIA from sm_90 on, and this device is {arch}; "
+            "backend=torch runs on CPU"
+        )
     return Target(arch, properties.multi_processor_count)
 
 
