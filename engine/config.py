@@ -153,7 +153,7 @@ class EngineConfig:
     probe_interval: int | None = field(
         default=None,
         metadata={
-            "help": "steps between per-layer timings; 0: never; default: 16, on a GPU 1024, where such a step runs "
+            "help": "steps between per-layer timings; 0: never; default: 16, on a GPU 2048, where such a step runs "
             "without its graph"
         },
     )

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Steps between per-layer timings. A probed step on a GPU runs operation by operation, which takes as long as several
 # captured ones.
 CPU_PROBE_INTERVAL = 16
-GPU_PROBE_INTERVAL = 1024
+GPU_PROBE_INTERVAL = 2048
 
 
 class EngineCore:

@@ -105,8 +105,11 @@ class ModelRunner:
             )
         if kernels.power_of_two_dims:
             _check_dims(self.model_config)
-        is_dummy = config.load_format == "dummy"
-        weights: WeightSource = DummyWeights(config.seed, self.device) if is_dummy else CheckpointWeights(path)
+        weights: WeightSource = (
+            DummyWeights(config.seed, self.device)
+            if config.load_format == "dummy"
+            else CheckpointWeights(path, self.device)
+        )
         with torch.inference_mode():
             self.model = MiniMaxM3(
                 self.model_config,

@@ -17,20 +17,27 @@ from engine.model.minimax_m3 import MiniMaxM3
 
 log = logging.getLogger(__name__)
 
-# A chunk with few tokens per expert, and one that fills more than one tile of every kernel.
-_SHORT_CHUNK = 256
+# A chunk with few tokens per expert and few tiles of attention, whose keys are then split as finely as any.
+_SHORT_CHUNK = 128
 
 
-def warm_up(model: MiniMaxM3, max_num_tokens: int, max_model_len: int) -> None:
-    """Run prompts that write no keys: one full chunk, and short chunks at the end of ever longer contexts."""
-    started = time.perf_counter()
+def warm_up_chunks(max_num_tokens: int, max_model_len: int) -> list[tuple[int, int]]:
+    """(tokens before, tokens) of the chunks: a full one, and short ones at the end of ever longer contexts."""
     full = min(max_num_tokens, max_model_len)
-    _prefill(model, 0, full, max_model_len)
     short = min(_SHORT_CHUNK, full)
+    chunks = [(0, full)]
     seq_len = 2 * PAGE_SIZE
     while seq_len < max_model_len:
         seq_len = min(2 * seq_len, max_model_len)
-        _prefill(model, seq_len - min(short, seq_len), min(short, seq_len), max_model_len)
+        chunks.append((seq_len - min(short, seq_len), min(short, seq_len)))
+    return chunks
+
+
+def warm_up(model: MiniMaxM3, max_num_tokens: int, max_model_len: int) -> None:
+    """Run prompts that write no keys."""
+    started = time.perf_counter()
+    for num_computed, num_tokens in warm_up_chunks(max_num_tokens, max_model_len):
+        _prefill(model, num_computed, num_tokens, max_model_len)
     torch.cuda.synchronize()
     log.info("compiled the kernels of prefill in %.1f s", time.perf_counter() - started)
 

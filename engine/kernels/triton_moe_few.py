@@ -157,7 +157,7 @@ def _gate_up_columns(
     tl.store(hidden + pair[None, :] * WIDTH + columns[:, None], values.to(hidden.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _few_gate_up_kernel(
     x,
     w13,
@@ -231,7 +231,7 @@ def _down_columns(
     tl.store(out, acc.to(partial.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _few_down_kernel(
     hidden,
     w2,

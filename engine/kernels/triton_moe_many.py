@@ -26,7 +26,7 @@ _XCDS = 8
 _FULL_TILES = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _sort_pairs_kernel(ids, order, offsets, num_pairs, BLOCK: tl.constexpr, BLOCK_COUNT: tl.constexpr):
     """Program (expert): its pairs, ascending, into order[offsets[expert]:]. offsets: [experts + 1]."""
     expert = tl.program_id(0)

@@ -30,21 +30,9 @@ class Build:
         """Where all tensors live."""
         return self.kernels.device
 
-    def take(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        *,
-        rows: slice | None = None,
-        columns: slice | None = None,
-    ) -> Tensor:
-        """WeightSource.take, on the device."""
-        return self.weights.take(name, shape, dtype, rows=rows, columns=columns).to(self.device)
-
     def gain(self, name: str, size: int) -> Tensor:
         """A Gemma norm's gain, float32 [size]: the checkpoint stores it minus one."""
-        return self.take(name, (size,), torch.float32) + 1.0
+        return self.weights.take(name, (size,), torch.float32) + 1.0
 
 
 class Attention:
@@ -71,7 +59,7 @@ class Attention:
 
         def head_rows(name: str, num_heads: int, dim: int) -> Tensor:
             shape = (num_heads * dim, config.hidden_size)
-            return build.take(prefix + name, shape, build.dtype, rows=parallel.head_rows(num_heads, dim))
+            return build.weights.take(prefix + name, shape, build.dtype, rows=parallel.head_rows(num_heads, dim))
 
         parts = [
             head_rows("q_proj.weight", config.num_attention_heads, config.head_dim),
@@ -89,7 +77,7 @@ class Attention:
         if owns_index:
             parts.append(head_rows("index_q_proj.weight", config.num_index_heads, config.index_dim))
             shape = (config.index_dim, config.hidden_size)
-            parts.append(build.take(prefix + "index_k_proj.weight", shape, build.dtype))
+            parts.append(build.weights.take(prefix + "index_k_proj.weight", shape, build.dtype))
             gains.append(head_gains(("index_q", "index_k"), (self.layout.num_index_heads, 1), config.index_dim))
         elif selector is not None:
             for name in index_names:
@@ -98,7 +86,9 @@ class Attention:
         self.qkv = build.kernels.pack_linear(torch.cat(parts))
         width = config.num_attention_heads * config.head_dim
         self.o_proj = build.kernels.pack_linear(
-            build.take(f"{prefix}o_proj.weight", (config.hidden_size, width), build.dtype, columns=parallel.part(width))
+            build.weights.take(
+                f"{prefix}o_proj.weight", (config.hidden_size, width), build.dtype, columns=parallel.part(width)
+            )
         )
 
     def __call__(self, x: Tensor, cos_sin: Tensor, pages: KVPages, batch: StepBatch) -> Tensor:
@@ -129,10 +119,12 @@ class MLP:
         self.kernels = build.kernels
         self.act = SwigluParams(config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta)
         shape = (width, config.hidden_size)
-        gate_up = [build.take(f"{prefix}{name}_proj.weight", shape, build.dtype, rows=part) for name in ("gate", "up")]
+        gate_up = [
+            build.weights.take(f"{prefix}{name}_proj.weight", shape, build.dtype, rows=part) for name in ("gate", "up")
+        ]
         self.gate_up = build.kernels.pack_linear(torch.cat(gate_up))
         self.down = build.kernels.pack_linear(
-            build.take(f"{prefix}down_proj.weight", (config.hidden_size, width), build.dtype, columns=part)
+            build.weights.take(f"{prefix}down_proj.weight", (config.hidden_size, width), build.dtype, columns=part)
         )
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -112,13 +112,13 @@ class MiniMaxM3:
         build = Build(config, weights, kernels, parallel, dtype)
         vocab = (config.vocab_size, config.hidden_size)
         self._vocab_part = parallel.part(config.vocab_size)
-        self.embedding = build.take("model.embed_tokens.weight", vocab, dtype, rows=self._vocab_part)
+        self.embedding = build.weights.take("model.embed_tokens.weight", vocab, dtype, rows=self._vocab_part)
         self.layers = [
             DecoderLayer(build, layer_id, self._selector(layer_id, role, audited))
             for layer_id, role in enumerate(self.plan.roles)
         ]
         self.final_gain = build.gain("model.norm.weight", config.hidden_size)
-        self.lm_head = kernels.pack_linear(build.take("lm_head.weight", vocab, dtype, rows=self._vocab_part))
+        self.lm_head = kernels.pack_linear(build.weights.take("lm_head.weight", vocab, dtype, rows=self._vocab_part))
         self.ledger = weights.finish()
         self.weight_bytes = weights.num_bytes
         self.cos_sin = rope_table(max_model_len, config.rotary_dim, config.rope_theta).to(kernels.device)

@@ -23,8 +23,10 @@ class MoE:
         fused = config.shared_intermediate_size == width
         self.routing = RouteParams(config.num_experts_per_tok, config.routed_scaling_factor, fused)
         # The router stays fp32: in bf16 it picks other experts.
-        self.gate = build.kernels.pack_linear(build.take(f"{prefix}gate.weight", (num_experts, hidden), torch.float32))
-        self.bias = build.take(f"{prefix}e_score_correction_bias", (num_experts,), torch.float32)
+        self.gate = build.kernels.pack_linear(
+            build.weights.take(f"{prefix}gate.weight", (num_experts, hidden), torch.float32)
+        )
+        self.bias = build.weights.take(f"{prefix}e_score_correction_bias", (num_experts,), torch.float32)
         local = part.stop - part.start
         names = [(f"{prefix}experts.{expert}.", ("w1", "w3", "w2")) for expert in range(num_experts)]
         if fused:
@@ -33,10 +35,10 @@ class MoE:
         w2 = torch.empty(len(names), hidden, local, dtype=build.dtype, device=build.device)
         for expert, (name, (gate, up, down)) in enumerate(names):
             for half, weight in enumerate((gate, up)):
-                w13[expert, half * local : (half + 1) * local] = build.take(
+                w13[expert, half * local : (half + 1) * local] = build.weights.take(
                     f"{name}{weight}.weight", (width, hidden), build.dtype, rows=part
                 )
-            w2[expert] = build.take(f"{name}{down}.weight", (hidden, width), build.dtype, columns=part)
+            w2[expert] = build.weights.take(f"{name}{down}.weight", (hidden, width), build.dtype, columns=part)
         self.experts = build.kernels.pack_experts(w13, w2)
         self.shared = None if fused else MLP(build, f"{prefix}shared_experts.", config.shared_intermediate_size)
 

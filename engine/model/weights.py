@@ -46,7 +46,8 @@ class WeightSource(Protocol):
         rows: slice | None = None,
         columns: slice | None = None,
     ) -> Tensor:
-        """The tensor `name`, whose full shape is `shape`, cut to `rows` and `columns` and cast to `dtype`."""
+        """The tensor `name`, whose full shape is `shape`, cut to `rows` and `columns`, cast to `dtype`, on the
+        source's device."""
 
     def drop(self, name: str, reason: str) -> None:
         """The model does not want this tensor, because of `reason`; it need not exist."""
@@ -58,7 +59,8 @@ class WeightSource(Protocol):
 class CheckpointWeights:
     """Tensors of a directory of safetensors files."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._device = device
         self._files: dict[str, safe_open] = {}
         self._where: dict[str, tuple[str, str]] = {}  # canonical name -> (file, name in the file)
         self._ledger: Counter[str] = Counter()
@@ -125,7 +127,7 @@ class CheckpointWeights:
             )
         self._ledger["used"] += 1
         cut = (rows or slice(None), columns or slice(None))[: len(shape)]
-        tensor: Tensor = stored[cut].to(dtype).contiguous()
+        tensor: Tensor = stored[cut].to(dtype).contiguous().to(self._device)
         self.num_bytes += tensor.nbytes
         return tensor
 

@@ -54,6 +54,14 @@ def test_every_kernel_is_compiled(report: Report) -> None:
     assert not missing
 
 
+def test_start_up_compiles_all_that_steps_launch() -> None:
+    """No request waits for a compiler: the graphs and chunks of start-up launch whatever a later step does."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.aot.start_up"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+
+
 def test_sources_use_nothing_that_only_nvidia_has() -> None:
     found = [message for path in sorted(KERNELS.glob("triton_*.py")) for message in violations(path)]
     assert not found, "\n".join(found)

@@ -74,6 +74,34 @@ def test_ranks_give_the_tokens_of_one_process(
     assert not executor.directory.exists()
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_launch_a_step_before_the_last_one_is_answered(
+    cluster: Cluster, checkpoint: Path, expected: list[list[int]], num_ranks: int
+) -> None:
+    """Two steps are with the ranks at a time; the answers stay in order and the tokens the same."""
+    settings = config(checkpoint, tensor_parallel_size=num_ranks, index_topk_freq=2, async_scheduling=True)
+    executor = RayExecutor(settings)
+    in_flight: list[int] = []
+    most = 0
+    submit, collect = executor.submit, executor.collect
+
+    def counted_submit(plan: StepPlan) -> None:
+        nonlocal most
+        submit(plan)
+        in_flight.append(plan.step_id)
+        most = max(most, len(in_flight))
+
+    def counted_collect() -> StepResult:
+        result = collect()
+        assert result.step_id == in_flight.pop(0)
+        return result
+
+    executor.submit, executor.collect = counted_submit, counted_collect  # type: ignore[method-assign]
+    assert executor.info.max_in_flight == 2
+    assert generate(settings, executor) == expected
+    assert most == 2 and not in_flight
+
+
 @pytest.fixture
 def group(cluster: Cluster, checkpoint: Path) -> Any:
     executor = RayExecutor(config(checkpoint, tensor_parallel_size=2), step_timeout_s=3.0)

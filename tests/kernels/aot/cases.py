@@ -74,7 +74,7 @@ class Step:
     captured: bool = False
 
 
-_M3_TP4 = Rank("tp4-bf16", 16, 1, 1, 128, 16, 6144, 768, 3072, 128, 50016)
+M3_TP4 = Rank("tp4-bf16", 16, 1, 1, 128, 16, 6144, 768, 3072, 128, 50016)
 _SMALL = Rank("small-fp32", 8, 2, 2, 32, 4, 64, 32, 128, 8, 128, 512, 2, torch.float32, num_pages=512)
 
 DECODE = {n: Step(f"decode{n}", ((0, 1),) * n, captured=True) for n in (1, 2, 4, 8, 16, 24, 32, 64)}
@@ -88,14 +88,14 @@ ALL_STEPS = (*DECODE.values(), *PREFILL, MIXED)
 Classes = tuple[tuple[Rank, tuple[Step, ...]], ...]
 # What `make test` compiles comes first: an entry is named after the first class that launches it.
 _TESTED_STEPS = (DECODE[1], DECODE[8], DECODE[64], *PREFILL, MIXED)
-_M3_TP4_FP8 = replace(_M3_TP4, name="tp4-fp8", fp8=True)
+_M3_TP4_FP8 = replace(M3_TP4, name="tp4-fp8", fp8=True)
 _M3_TP1 = Rank("tp1-bf16", 64, 4, 4, 128, 16, 6144, 3072, 12288, 128, 200064)
-TESTED: Classes = ((_M3_TP4, _TESTED_STEPS), (_M3_TP4_FP8, _TESTED_STEPS), (_SMALL, (DECODE[1], MIXED)))
+TESTED: Classes = ((M3_TP4, _TESTED_STEPS), (_M3_TP4_FP8, _TESTED_STEPS), (_SMALL, (DECODE[1], MIXED)))
 OTHERS: Classes = (
-    (_M3_TP4, ALL_STEPS),
+    (M3_TP4, ALL_STEPS),
     (_M3_TP4_FP8, ALL_STEPS),
-    (replace(_M3_TP4, name="tp4-bf16-4g", num_pages=131072), ALL_STEPS),
-    (replace(_M3_TP4, name="tp4-bf16-unshared", shared=False), ALL_STEPS),
+    (replace(M3_TP4, name="tp4-bf16-4g", num_pages=131072), ALL_STEPS),
+    (replace(M3_TP4, name="tp4-bf16-unshared", shared=False), ALL_STEPS),
     (Rank("tp8-bf16", 8, 1, 1, 128, 16, 6144, 384, 1536, 128, 25008), ALL_STEPS),
     (_M3_TP1, ALL_STEPS),
     (replace(_M3_TP1, name="tp1-fp8", fp8=True), ALL_STEPS),
@@ -126,7 +126,7 @@ def make_batch(step: Step) -> StepBatch:
         sizes = (num_tokens, num_tokens, num_tokens, num_rows, num_rows + 1, num_rows)
         _, row_ids, positions, *_ = meta(sum(sizes), dtype=torch.int64).split(sizes)
         slot_mapping = meta(num_tokens, dtype=torch.int64)
-        table = meta(num_rows, -(-max(lengths) // PAGE), dtype=torch.int32)
+        table = meta(num_rows, MAX_PAGES, dtype=torch.int32)
     return StepBatch(
         positions=positions,
         slot_mapping=slot_mapping,
@@ -265,14 +265,15 @@ def record(arch: str, everything: bool) -> Recording:
     """Run every operation in every class of shapes."""
     recorder = Recorder(arch)
     kernels = triton_set.bind(recorder.target, META)
-    errors = _drive(kernels, recorder, TESTED)
+    errors = drive(kernels, recorder, TESTED)
     num_tested = len(recorder.launches)
     if everything:
-        errors |= _drive(kernels, recorder, OTHERS)
+        errors |= drive(kernels, recorder, OTHERS)
     return Recording(list(recorder.launches.values()), num_tested, errors)
 
 
-def _drive(kernels: KernelSet, recorder: Recorder, classes: Classes) -> dict[str, str]:
+def drive(kernels: KernelSet, recorder: Recorder, classes: Classes) -> dict[str, str]:
+    """Run every operation in these classes of shapes; what raised, by class."""
     errors: dict[str, str] = {}
     for rank, steps in classes:
         for step in steps:
