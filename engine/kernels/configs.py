@@ -275,6 +275,7 @@ QK_NORM_ROPE_MANY: Table = {
 # Decode programs per unit: of a row that has its own, and of rows that share them.
 INDEX_DECODE_PROGRAMS = {SM90: (8, 12), GFX942: (5, 5), GFX950: (5, 5), INTERPRET: (2, 2)}
 INDEX_SCORE_DECODE: Table = dict.fromkeys((SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=4, num_stages=1))
+# fp8 keys, one index head.
 INDEX_SCORE_DECODE_FP8: Table = INDEX_SCORE_DECODE | {SM90: LaunchConfig(num_warps=2, num_stages=1)}
 INDEX_SCORE_DECODE_FP32: Table = dict.fromkeys(
     (SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=8, num_stages=1)

@@ -132,7 +132,9 @@ def _choice(params: SelectParams) -> dict[str, int]:
 def _decode_config(target: Target, index_q: Tensor, pages: KVPages) -> LaunchConfig:
     if index_q.dtype == torch.float32:
         return configs.INDEX_SCORE_DECODE_FP32[target.arch]
-    return (configs.INDEX_SCORE_DECODE if pages.index_k_scale is None else configs.INDEX_SCORE_DECODE_FP8)[target.arch]
+    # With several heads two warps have too few registers for a block.
+    is_light = pages.index_k_scale is not None and index_q.shape[1] == 1
+    return (configs.INDEX_SCORE_DECODE_FP8 if is_light else configs.INDEX_SCORE_DECODE)[target.arch]
 
 
 def _widened(config: LaunchConfig, bound: int, pdl: bool) -> LaunchConfig:
