@@ -20,6 +20,7 @@ from engine.errors import ConfigError, EngineDead, RequestError
 from engine.metrics import EngineStats
 from engine.pages import PagePool
 from engine.scheduler import RequestState, Scheduler, Step
+from engine.timeline import StepTime, Timeline
 from engine.types import NOT_FINITE, NOT_SAMPLED, EngineRequest, FinishReason, Logprobs, RequestEvent, StepResult
 
 if TYPE_CHECKING:  # at run time it would load torch, which the scheduler's process has no use for
@@ -71,6 +72,8 @@ class EngineCore:
         self._in_flight: deque[Step] = deque()
         self._last_retired_s = 0.0
         self._events: list[RequestEvent] = []  # made between steps; leave with the next one
+        self._num_traced = 0
+        self._timelines: list[Timeline] = []
         self._dead: str | None = None
 
     def add_request(self, request: EngineRequest) -> None:
@@ -89,6 +92,12 @@ class EngineCore:
             arrival_s=time.monotonic(),
             prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
         )
+        if request.trace_parent is not None:
+            num_resumed = len(request.output_token_ids)
+            state.timeline = Timeline(
+                state.request_id, request.trace_parent, state.prompt_len, num_resumed, state.arrival_s
+            )
+            self._num_traced += 1
         finish_reason = self._finish_reason(state) if request.output_token_ids else None
         if finish_reason is not None:
             # The replica that died had sent the last token, and the word that it was the last got lost.
@@ -105,6 +114,17 @@ class EngineCore:
             return
         self._end(state)
         self._events.append(self._last_event(state, FinishReason.ABORT))
+
+    def take_timelines(self, *, lost: str | None = None) -> list[Timeline]:
+        """Of traced requests that ended since the last call. lost: why the others will not end any more; theirs
+        come too."""
+        if lost is not None:
+            for state in self._requests.values():
+                self._end_timeline(state, None)
+                if state.timeline is not None:
+                    state.timeline.error = lost
+        timelines, self._timelines = self._timelines, []
+        return timelines
 
     def has_work(self) -> bool:
         """Whether `step` has something to run, to collect or to tell."""
@@ -131,10 +151,17 @@ class EngineCore:
             raise EngineDead(self._dead) from error
         self.stats.num_running = len(self.scheduler.running)
         self.stats.num_waiting = len(self.scheduler.waiting)
-        self.stats.kv_usage = self.pool.num_held / self.pool.num_pages
+        self._count_pages()
         assert self._requests or not self.pool.num_held, f"idle, and {self.pool.num_held} pages are held"
         events, self._events = self._events, []
         return events
+
+    def _count_pages(self) -> None:
+        stats, pool = self.stats, self.pool
+        stats.held_pages, stats.cached_pages = pool.num_held, pool.num_cached
+        stats.blank_pages = pool.num_free - pool.num_cached
+        stats.kv_usage = stats.held_pages / pool.num_pages
+        stats.page_evictions = pool.num_evictions
 
     def close(self) -> None:
         """Free what the executor holds; nothing can be run after that. Safe to call twice."""
@@ -156,6 +183,7 @@ class EngineCore:
         plan.probe = self._probe_interval > 0 and plan.step_id % self._probe_interval == 0
         plan.audit = self._audit_interval > 0 and plan.step_id % self._audit_interval == 0
         now_s = time.monotonic()
+        self.stats.plan_s += now_s - started_s
         for state in step.requests:
             if state.admitted_s is None:
                 state.admitted_s = now_s
@@ -169,10 +197,14 @@ class EngineCore:
         result = self._executor.collect()
         step = self._in_flight.popleft()
         _check_result(step, result, self.info.vocab_size)
+        if self._num_traced:
+            _record(step, time.monotonic())
         for row_index in range(len(step.requests)):
             self._retire_row(step, row_index, result)
         self.stats.add_result(result)
         self.stats.steps += 1
+        self.stats.decode_tokens += step.plan.num_decode_rows
+        self.stats.prefill_tokens += step.plan.num_tokens - step.plan.num_decode_rows
         now_s = time.monotonic()
         # Steps overlap: each counts from where the one before it ended.
         seconds = now_s - max(step.started_s, self._last_retired_s)
@@ -193,6 +225,8 @@ class EngineCore:
             self._end(state, findable=False)
             event = self._last_event(state, FinishReason.ERROR)
             event.error = f"the model's logits at position {end - 1} are not finite"
+            if state.timeline is not None:
+                state.timeline.error = event.error
             log.error("request %s: %s", state.request_id, event.error)
             self._events.append(event)
             return
@@ -266,6 +300,19 @@ class EngineCore:
         observations.generation_tokens.append(state.num_output_tokens)
         if state.first_token_s is not None:
             observations.decode_s.append(time.monotonic() - state.first_token_s)
+        self._end_timeline(state, finish_reason)
+
+    def _end_timeline(self, state: RequestState, finish_reason: FinishReason | None) -> None:
+        timeline = state.timeline
+        if timeline is None:
+            return
+        timeline.admitted_s, timeline.first_token_s = state.admitted_s, state.first_token_s
+        timeline.ended_s = time.monotonic()
+        timeline.finish_reason = finish_reason
+        timeline.num_output_tokens = state.num_output_tokens
+        timeline.num_cached_tokens = state.num_cached_tokens or 0
+        self._num_traced -= 1
+        self._timelines.append(timeline)
 
     def _check(self, request: EngineRequest) -> None:
         """RequestError when the request can never run."""
@@ -307,6 +354,25 @@ class EngineCore:
             for token_id in token_ids:
                 if type(token_id) is not int or not 0 <= token_id < vocab_size:
                     raise RequestError(f"{name} must hold token ids in [0, {vocab_size}), got {token_id!r}", param=name)
+
+
+def _record(step: Step, ended_s: float) -> None:
+    """Enter a collected step into the timelines of its traced requests."""
+    plan = step.plan
+    batch_rows, batch_tokens = len(plan.rows), plan.num_tokens
+    for row, state in zip(plan.rows, step.requests, strict=True):
+        if state.timeline is not None and not state.ended:
+            state.timeline.add_step(
+                StepTime(
+                    step_id=plan.step_id,
+                    started_s=step.started_s,
+                    ended_s=ended_s,
+                    first_position=row.num_computed_tokens,
+                    num_tokens=row.num_scheduled_tokens,
+                    batch_rows=batch_rows,
+                    batch_tokens=batch_tokens,
+                )
+            )
 
 
 def _check_result(step: Step, result: StepResult, vocab_size: int) -> None:

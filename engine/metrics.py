@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from engine.types import FinishReason, StepResult
+from engine.types import FinishReason, RankTimes, StepResult
 
 # Where nobody drains (offline use), the oldest observations go.
 MAX_OBSERVATIONS = 65536
@@ -49,31 +49,50 @@ class Observations:
 
 
 @dataclass(slots=True)
+class RankSums:
+    """Sums of one rank over its probed steps. Of forward_s, collective_s was spent in collectives."""
+
+    forward_s: float = 0.0
+    collective_s: float = 0.0
+    samples: int = 0
+
+
+@dataclass(slots=True)
 class EngineStats:
     """Counters and gauges of one engine.
 
     kv_usage: share of pages that requests hold, [0, 1]; pages that are only findable count as free.
+    held_pages, cached_pages, blank_pages: see PagePool.  page_evictions: cached pages that were given away.
     prefix_queries_tokens, prefix_hits_tokens: tokens looked up at first admission, and found.
     computed_prompt_tokens: prompt tokens run, those recomputed after preemption included.
-    generation_tokens: sampled and sent.  forward_s, python_s: sums of what rank 0 reported; steps_s: sum over
-    steps. indexer_s, sparse_attention_s and *_samples: (layer_id, phase) -> sums over probed steps.
-    selections_computed, selections_reused: layer_id -> count. overlap_sum, overlap_count: layer_id -> sums
-    over audits.
+    generation_tokens: sampled and sent.  prefill_tokens, decode_tokens: run in rows of either sort.
+    forward_s, python_s: sums of what rank 0 reported.  steps_s, plan_s: sums over steps.  ranks: by rank.
+    indexer_s, sparse_attention_s and *_samples: (layer_id, phase) -> sums over probed steps.
+    selections_computed, selections_reused: layer_id -> count.
+    overlap_sum, overlap_count: layer_id -> sums over audits.
     """
 
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
+    held_pages: int = 0
+    cached_pages: int = 0
+    blank_pages: int = 0
 
     steps: int = 0
     steps_s: float = 0.0
     forward_s: float = 0.0
     python_s: float = 0.0
+    plan_s: float = 0.0
     preemptions: int = 0
+    page_evictions: int = 0
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
     computed_prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    ranks: dict[int, RankSums] = field(default_factory=dict)
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
 
     indexer_s: dict[LayerPhase, float] = field(default_factory=dict)
@@ -91,6 +110,8 @@ class EngineStats:
         """Count what rank 0 measured in one step."""
         self.forward_s += result.forward_s
         self.python_s += result.python_s
+        for times in result.rank_times:
+            self._add_rank(times)
         for timing in result.seconds:
             key = (timing.layer_id, timing.phase)
             if timing.op == "indexer":
@@ -106,6 +127,12 @@ class EngineStats:
         for overlap in result.overlaps:
             _add(self.overlap_sum, overlap.layer_id, overlap.overlap_sum)
             _add(self.overlap_count, overlap.layer_id, overlap.count)
+
+    def _add_rank(self, times: RankTimes) -> None:
+        sums = self.ranks.setdefault(times.rank, RankSums())
+        sums.forward_s += times.forward_s
+        sums.collective_s += times.collective_s
+        sums.samples += 1
 
     def drain(self) -> Observations:
         """The observations since the last call; each is handed out once."""

@@ -37,6 +37,7 @@ class PagePool:
         self.num_pages = num_pages
         self.enable_prefix_caching = enable_prefix_caching
         self.epoch = 0
+        self.num_evictions = 0
         self.root_hash = b""
         self._ref_counts = [0] * num_pages
         # Taken from the end: low ids first, so that a lightly used pool touches little memory.
@@ -54,6 +55,10 @@ class PagePool:
     @property
     def num_held(self) -> int:
         return self.num_pages - self.num_free
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
 
     def set_namespace(self, namespace: str) -> None:
         """Make every cached page unreachable, now and for good.
@@ -100,6 +105,7 @@ class PagePool:
             else:
                 page_id, _ = self._cached.popitem(last=False)
                 self._forget(page_id)
+                self.num_evictions += 1
             self._ref_counts[page_id] = 1
             page_ids.append(page_id)
         return page_ids

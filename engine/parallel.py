@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +12,19 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.probes import LayerProbe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TensorParallel:
-    """One rank of a group of `size`. With size 1 nothing is communicated."""
+    """One rank of a group of `size`. With size 1 nothing is communicated.
+
+    probe: set while a probed step is launched: the time of its collectives goes there.
+    """
 
     rank: int = 0
     size: int = 1
+    probe: LayerProbe | None = None
 
     def check(self, model: ModelConfig) -> None:
         """ConfigError when the model cannot be split evenly over the group."""
@@ -56,7 +63,8 @@ class TensorParallel:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with self._probed():
+                dist.all_reduce(x)
         return x
 
     def all_gather_last(self, x: Tensor) -> Tensor:
@@ -64,5 +72,13 @@ class TensorParallel:
         if self.size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
+        with self._probed():
+            dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=-1)
+
+    @contextmanager
+    def _probed(self) -> Iterator[None]:
+        started = None if self.probe is None else self.probe.start()
+        yield
+        if self.probe is not None and started is not None:
+            self.probe.stop_collective(started)

@@ -82,11 +82,12 @@ def hold(device: torch.device, seconds: float) -> None:
 
 
 class LayerProbe:
-    """Times of single operations of one step."""
+    """Times of single operations of one step, and of its collectives."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spans: list[tuple[str, int, Phase, Mark, Mark]] = []
+        self._collectives: list[tuple[Mark, Mark]] = []
 
     def start(self) -> Mark:
         return mark(self._device)
@@ -94,6 +95,14 @@ class LayerProbe:
     def stop(self, started: object, op: str, layer_id: int, phase: Phase) -> None:
         assert isinstance(started, HostMark | DeviceMark)
         self._spans.append((op, layer_id, phase, started, mark(self._device)))
+
+    def stop_collective(self, started: Mark) -> None:
+        """A collective that began at `started` is done."""
+        self._collectives.append((started, mark(self._device)))
+
+    def read_collectives(self) -> float:
+        """Seconds in collectives; call it once the step is done."""
+        return sum(stopped.seconds_since(started) for started, stopped in self._collectives)
 
     def read(self) -> list[LayerSeconds]:
         """The times; call it once the step is done."""

@@ -26,7 +26,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDead, M3Error
 from engine.rank_actor import RankActor, WorkerAddress
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
-from engine.types import EngineInfo, StepPlan, StepResult
+from engine.types import EngineInfo, RankTimes, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,12 @@ class RayExecutor:
         self._start_deadline = time.monotonic() + start_timeout_s
         self._token = new_token()
         self._epoch = new_epoch()
-        self._gate = Gate("executor", self._token, {Kind.RESULT: StepResult, Kind.FAILURE: str, Kind.HELLO: int})
+        self._gate = Gate(
+            "executor",
+            self._token,
+            {Kind.RESULT: StepResult, Kind.FAILURE: str, Kind.HELLO: int, Kind.TIMES: RankTimes},
+        )
+        self._rank_times: list[RankTimes] = []
         self._outstanding: deque[_Outstanding] = deque()
         self._collected_s = 0.0
         self._lock = threading.Lock()
@@ -238,12 +243,16 @@ class RayExecutor:
             if message is None:
                 continue
             header, body = message
-            if isinstance(body, str):
+            if isinstance(body, RankTimes):
+                self._rank_times.append(body)
+            elif isinstance(body, str):
                 self._fail(body)
             elif not isinstance(body, StepResult) or body.step_id != step.step_id:
                 self._fail(f"rank 0 answered step {header.sequence}, not {step.step_id}")
             else:
                 self._collected_s = time.monotonic()
+                body.rank_times += self._rank_times
+                self._rank_times.clear()
                 return body
 
     def _receive(self, timeout_s: float) -> tuple[Header, Any] | None:

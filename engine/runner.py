@@ -26,7 +26,7 @@ from engine.parallel import TensorParallel
 from engine.probes import LayerProbe, Mark, hold, mark
 from engine.sampler import PendingLogprobs, SamplerState, pending_logprobs
 from engine.transfer import to_device, to_host
-from engine.types import NOT_FINITE, NOT_SAMPLED, EngineInfo, StepPlan, StepResult, StepRow
+from engine.types import NOT_FINITE, NOT_SAMPLED, EngineInfo, RankTimes, StepPlan, StepResult, StepRow
 from engine.warm_up import warm_up
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float32}
@@ -243,6 +243,9 @@ class ModelRunner:
             result.prompt_logprobs.setdefault(row, []).extend(pending.read(targets))
         if launched.probe is not None:
             result.seconds = launched.probe.read()
+            collective_s = launched.probe.read_collectives()
+            forward_s = launched.done.seconds_since(launched.started)
+            result.rank_times = [RankTimes(self.parallel.rank, forward_s, collective_s)]
         result.overlaps = [overlap for each in launched.overlaps if (overlap := each.resolve()) is not None]
         result.computed, result.reused = launched.computed, launched.reused
         result.forward_s = launched.done.seconds_since(launched.started)
@@ -274,6 +277,7 @@ class ModelRunner:
             # Half as long again as the last one took: launches that fall behind would be measured with their gaps.
             hold(self.device, min(1.5 * self._probed_launch_s, MAX_HOLD_S))
         token_ids, batch, slots = self._tables.batch(plan, self._residents, probe)
+        self.parallel.probe = probe
         started = mark(self.device)
         hidden = self.model.forward(token_ids, batch)
         counts = self.model.index_cache.take_counts()
@@ -284,6 +288,7 @@ class ModelRunner:
             logits = self.model.logits(hidden.index_select(0, last))
             tokens = self._sample(logits, [slots[i] for i in sampling], [batch.seq_lens_host[i] for i in sampling])
         scores = self._score_prompts(plan.rows, hidden, batch)
+        self.parallel.probe = None
         if plan.probe:
             self._probed_launch_s = time.perf_counter() - entered_s
         return self._answer(plan, sampling, tokens, logits, scores, probe, counts, started)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from engine.config import PAGE_SIZE
 from engine.metrics import EngineStats
 from engine.pages import PagePool, hash_page, pages_for
+from engine.timeline import Timeline
 from engine.types import Logprobs, NewRequest, SamplingParams, StepPlan, StepRow
 
 
@@ -35,7 +36,8 @@ class RequestState:
     num_computed_tokens: as of the last planned step.  num_registered_pages: its first pages that are done
     with the prefix cache.  page_hashes: of its full pages, made when needed; valid in pool epoch `epoch`.
     num_cached_tokens: of its prompt, at first admission; None before.  prompt_logprobs: gathered so far, None
-    first; None when nobody waits for them.  *_s: time.monotonic(), for the statistics only.
+    first; None when nobody waits for them.  *_s: time.monotonic(), for the statistics only.  timeline: of a traced
+    request.
     """
 
     request_id: str
@@ -56,6 +58,7 @@ class RequestState:
     num_pending_tokens: int = 0
     num_rows_in_flight: int = 0
     ended: bool = False
+    timeline: Timeline | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -226,6 +229,8 @@ class Scheduler:
         self._release(request, findable=True)
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
+        if request.timeline is not None:
+            request.timeline.preempt()
 
     def _release(self, request: RequestState, *, findable: bool) -> None:
         self.pool.free(request.page_ids, findable=findable)

@@ -40,6 +40,7 @@ class Kind(IntEnum):
     EVENTS = 5  # replica -> ingress: what one step did
     ABORT = 6  # ingress -> replica
     HELLO = 7  # int, the rank: executor -> rank and back
+    TIMES = 8  # RankTimes, ranks other than 0 -> executor, after a probed step
 
 
 class Header(NamedTuple):

@@ -169,13 +169,14 @@ class EngineRequest:
 
     prompt_token_ids: never empty.  output_token_ids: tokens already delivered by a replica that died; they are
     recomputed, not sent again.  sampling.seed must be set by the caller when it is not greedy: a
-    resubmission has to draw the same noise.
+    resubmission has to draw the same noise.  trace_parent: W3C traceparent of whoever wants a Timeline.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output_token_ids: list[int] = field(default_factory=list)
+    trace_parent: str | None = None
 
 
 # One position's log-probabilities: the actual token first, then the best ones by rank. Natural logarithm of the
@@ -301,6 +302,15 @@ class LayerOverlap:
 
 
 @dataclass(slots=True)
+class RankTimes:
+    """Time of one rank on a probed step: in the model, and of that in collectives, where it waits for the others."""
+
+    rank: int
+    forward_s: float
+    collective_s: float
+
+
+@dataclass(slots=True)
 class StepResult:
     """What rank 0 answers.
 
@@ -308,6 +318,7 @@ class StepResult:
     logprobs: row index -> the sampled token's.  prompt_logprobs: row index -> one entry per scheduled prompt
     position that predicts a known prompt token.
     computed, reused: per layer, how many selections were made / read since the last result.
+    rank_times: of rank 0 on a probed step; the executor adds what other ranks have sent by then.
     """
 
     step_id: int
@@ -318,6 +329,7 @@ class StepResult:
     overlaps: list[LayerOverlap] = field(default_factory=list)
     computed: dict[int, int] = field(default_factory=dict)
     reused: dict[int, int] = field(default_factory=dict)
+    rank_times: list[RankTimes] = field(default_factory=list)
     forward_s: float = 0.0
     python_s: float = 0.0
 

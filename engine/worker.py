@@ -113,8 +113,12 @@ class Worker:
             with self._told(replies, token, epoch, running[0]):
                 result = runner.collect()
             running.popleft()
+            header = Header(Kind.RESULT, epoch, result.step_id)
             if self._rank == 0:
-                replies.send_multipart(pack(token, Header(Kind.RESULT, epoch, result.step_id), encode(result)))
+                replies.send_multipart(pack(token, header, encode(result)))
+                return
+            for times in result.rank_times:
+                replies.send_multipart(pack(token, header._replace(kind=Kind.TIMES), encode(times)))
 
         while True:
             # A step that comes while another runs is launched at once: the device must not wait for the host.

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import RequestError
 from service.errors import BodyTimeout, BodyTooLarge, ErrorAnswer, UnsupportedMediaType, answer, is_expected
-from service.metrics import HTTP_REQUESTS, CpuSeries, IngressSeries
+from service.metrics import HTTP_IN_FLIGHT, HTTP_REQUESTS
+from service.series import CpuSeries, IngressSeries
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         status: int | None = None
+        HTTP_IN_FLIGHT.inc()
 
         async def watched_send(message: Message) -> None:
             nonlocal status
@@ -69,6 +71,7 @@ class Boundary:
         finally:
             # Left out: requests whose client went away before an answer began.
             self._cpu.update()
+            HTTP_IN_FLIGHT.dec()
             if status is not None:
                 HTTP_REQUESTS.labels(getattr(scope.get("route"), "path", "unknown"), str(status)).inc()
 

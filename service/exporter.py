@@ -8,26 +8,44 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Metric, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from service import series_files
+
+
+class _LivingCollector:
+    """The series of the directory, after those of dead processes were taken care of."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._collector = MultiProcessCollector(None, path=str(directory))
+        # Scrapes come in threads of their own; a file must not go while another scrape reads it.
+        self._lock = threading.Lock()
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            series_files.fold(self._directory)
+            return list(self._collector.collect())
 
 
 class Exporter:
     """An HTTP server with /metrics over the series files in `directory`.
 
-    Starting it removes older files: the series live as long as the exporter's process (the pod).
+    Counters and histograms of processes that died go on, their gauges are gone. Starting it removes what an earlier
+    life of the service left, but nothing while some process of it still lives: the exporter may be restarted alone.
     port: 0 takes a free one; `self.port` is the one taken.
     """
 
     def __init__(self, directory: Path, *, host: str = "127.0.0.1", port: int = 9400) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("*.db"):
-            old.unlink()
+        series_files.clear_if_dead(directory)
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]
+        registry.register(_LivingCollector(directory))
         self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         self.port: int = self._server.server_port
 

@@ -13,8 +13,8 @@ from engine.types import EngineRequest, RequestEvent
 from service import sse
 from service.boundary import report
 from service.completion import Choice, TokenizedPrompt, chunk_usage, usage_of
-from service.metrics import RequestTimer
 from service.protocol import Completion, CompletionRequest
+from service.series import RequestTimer
 from service.stream import EngineClient
 
 EngineStream = AsyncGenerator[RequestEvent, None]
@@ -163,7 +163,7 @@ class CompletionRun:
 
     def _sent(self, choices: Sequence[Choice]) -> None:
         for choice in choices:
-            self._timers[choice.index].sent()
+            self._timers[choice.index].sent(choice.num_tokens)
 
     def _chunks(self) -> bytes:
         usage = chunk_usage(self._request, self._prompts, self._choices)

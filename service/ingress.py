@@ -27,7 +27,6 @@ from service.boundary import Boundary, read_body
 from service.completion import TokenizedPrompt
 from service.errors import NotFound, answer
 from service.generation import CompletionRun
-from service.metrics import IngressSeries
 from service.protocol import (
     Completion,
     CompletionRequest,
@@ -121,8 +120,8 @@ class Ingress:
         # Long prompts are encoded beside the event loop, so that health checks and streams go on.
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._created = int(time.time())
-        self._series = IngressSeries(settings.model_name)
         self._client = EngineClient(settings)
+        self._series = self._client.series
         await self._client.start(engine)
 
     async def __del__(self) -> None:
@@ -228,6 +227,7 @@ class Ingress:
             return [TokenizedPrompt(None, ids, self._tokenizer) for ids in token_ids]
         # Absent means true, as with vLLM: what the tokenizer itself adds to a raw prompt, often nothing.
         special = add_special_tokens is not False
+        started_s = time.monotonic()
         if sum(map(len, texts)) <= INLINE_ENCODE_CHARS:
             encoded = self._tokenizer.encode_batch(texts, add_special_tokens=special)
         else:
@@ -235,6 +235,7 @@ class Ingress:
             encoded = await loop.run_in_executor(
                 self._encoders, lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special)
             )
+        self._series.observe_tokenize(time.monotonic() - started_s)
         for i, ids in enumerate(encoded):
             if not ids:
                 raise RequestError(f"prompt {i} has no tokens", param="prompt", code="empty_prompt")

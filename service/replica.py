@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,13 @@ from zmq.utils.monitor import recv_monitor_message
 
 from engine.engine import EngineCore
 from engine.errors import EngineDead
+from engine.metrics import EngineStats
 from engine.ray_executor import RayExecutor
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
 from engine.types import FinishReason, RequestEvent
 from service.engine_loop import EngineLoop, EngineLoopCallbacks
 from service.messages import Abort, Accepted, Ended, Refusal, StepEvents, Submit, SubmitReply
-from service.metrics import EngineSeries
+from service.series import EngineSeries
 from service.settings import ServiceSettings
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class EngineReplica:
     """Runs the requests of all ingresses on one worker group."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        started_s = time.monotonic()
         config = settings.engine_config()
         context = serve.get_replica_context()
         self._replica_id = context.replica_tag
@@ -83,8 +86,10 @@ class EngineReplica:
             executor.close()
             raise
         self._info = core.info
-        self._worker_pids = executor.worker_pids
-        self._series = EngineSeries(settings.model_name, str(context.rank.rank), core.info)
+        self._executor = executor
+        self._stats = core.stats
+        load_s = time.monotonic() - started_s
+        self._series = EngineSeries(settings.model_name, str(context.rank.rank), core.info, load_s=load_s)
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._dead: str | None = None
         self._calls: dict[str, _Call] = {}
@@ -95,7 +100,7 @@ class EngineReplica:
         self._data_host = settings.data_host or ray.util.get_node_ip_address()
         self._engine = EngineLoop(
             core,
-            EngineLoopCallbacks(outcome=self._on_outcome, stats=self._series.update, death=self._on_death),
+            EngineLoopCallbacks(outcome=self._on_outcome, stats=self._on_stats, death=self._on_death),
             check_alive=executor.check_alive,
             max_live_requests=settings.max_live_requests,
             step_timeout_s=settings.step_timeout_s,
@@ -116,6 +121,7 @@ class EngineReplica:
             {r.request_id: _Progress(len(r.prompt_token_ids), len(r.output_token_ids)) for r in message.requests},
         )
         self._calls.update(dict.fromkeys(call.running, call))
+        self._series.set_open_requests(len(self._calls))
         # Before the answer: should that find the ingress gone, the abort comes after what it aborts.
         self._engine.add(message.requests)
         accepted = Accepted(message.submit_id, self._replica_id, self._control_endpoint, self._control_token)
@@ -134,7 +140,7 @@ class EngineReplica:
 
     async def pids(self) -> list[int]:
         """Processes of this replica: its own, then rank 0, rank 1, ... (for operators and fault tests)."""
-        return [os.getpid(), *self._worker_pids]
+        return [os.getpid(), *self._executor.worker_pids]
 
     async def check_health(self) -> None:
         """Raise EngineDead when this replica should be replaced. O(1)."""
@@ -152,7 +158,11 @@ class EngineReplica:
         if (events or refusals) and self._event_loop is not None:
             self._event_loop.call_soon_threadsafe(self._deliver, events, refusals)
 
+    def _on_stats(self, stats: EngineStats) -> None:
+        self._series.update(stats, dropped_replies=self._executor.num_dropped)
+
     def _on_death(self, cause: str) -> None:
+        self._series.publish(self._stats, dropped_replies=self._executor.num_dropped)
         if self._event_loop is not None:
             self._event_loop.call_soon_threadsafe(self._die, cause)
 
@@ -187,6 +197,7 @@ class EngineReplica:
         for endpoint, message in outgoing.items():
             if endpoint in self._peers:
                 self._send(self._peers[endpoint], Kind.EVENTS, message)
+        self._series.set_open_requests(len(self._calls))
 
     def _count(self, call: _Call, event: RequestEvent) -> None:
         progress = call.running[event.request_id]
@@ -213,12 +224,14 @@ class EngineReplica:
 
     def _die(self, cause: str) -> None:
         self._dead = cause
+        self._series.count_death()
         log.error("replica %s: %s", self._replica_id, cause)
         for call in {id(call): call for call in self._calls.values()}.values():
             call.running.clear()
             if not call.done.done():
                 call.done.set_result(cause)
         self._calls.clear()
+        self._series.set_open_requests(0)
         if self._event_loop is not None:
             self._event_loop.call_later(EXIT_DELAY_S, self._exit)
 

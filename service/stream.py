@@ -24,7 +24,7 @@ from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode
 from engine.types import EngineInfo, EngineRequest, RequestEvent
 from service.batcher import Batcher
 from service.messages import Abort, Accepted, Ended, StepEvents, Submit, SubmitReply
-from service.metrics import IngressSeries
+from service.series import IngressSeries
 from service.settings import ServiceSettings
 from service.token_stream import TokenStream
 
@@ -73,7 +73,7 @@ class EngineClient:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
-        self._series = IngressSeries(settings.model_name)
+        self.series = IngressSeries(settings.model_name, configured_replicas=settings.replicas)
         # Attempt ids are unique over all ingress processes.
         self._client_id = f"{new_epoch():016x}"
         self._epoch = new_epoch()
@@ -203,6 +203,7 @@ class EngineClient:
         )
         self._batches[batch.submit_id] = batch
         requests = [dataclasses.replace(s.request, request_id=s.attempt_id, output_token_ids=s.token_ids) for s in live]
+        self.series.observe_submit(len(requests))
         payload = encode(Submit(batch.submit_id, self.endpoint, self.token, requests))
         batch.call = asyncio.create_task(self._call(batch, payload))
         return on_its_way
@@ -246,16 +247,20 @@ class EngineClient:
         self._answered_at_s = None
         self._probe_now.set()
         for stream in self._open_streams(batch):
-            self._retry(stream, cause)
+            self._retry(stream, "replica_lost", cause)
 
-    def _retry(self, stream: TokenStream, cause: str) -> None:
+    def _retry(self, stream: TokenStream, kind: str, cause: str) -> None:
+        """Resubmit a stream's rest. kind: as in the series; cause: for people."""
         if stream.ended:
             return
         if stream.num_retries >= self._settings.retry_limit:
+            self.series.count_given_up()
             stream.fail(EngineDead(f"given up after {stream.num_retries} resubmissions: {cause}"))
             return
         stream.num_retries += 1
-        self._series.count_failover()
+        if stream.lost_s is None:
+            stream.lost_s = time.monotonic()
+        self.series.count_failover(kind)
         # The routers may not know yet that the replica is gone: give them time to find out.
         delay_s = RETRY_BACKOFF_S * (2 ** (stream.num_retries - 1))
         asyncio.get_running_loop().call_later(delay_s, self._queue, stream)
@@ -271,7 +276,7 @@ class EngineClient:
         accounts = {ended.request_id: ended for ended in reply.ended}
         for name in batch.attempt_ids:
             if (stream := self._streams.pop(name, None)) is not None:
-                self._retry(stream, _describe_gap(stream, accounts.get(name)))
+                self._retry(stream, "events_lost", _describe_gap(stream, accounts.get(name)))
 
     # --- receiving --------------------------------------------------------------------------------------------
 
@@ -279,6 +284,7 @@ class EngineClient:
         while True:
             message = self._gate.admit(await self._socket.recv_multipart())
             if message is None:
+                self.series.count_dropped_message()
                 continue
             body = message[1]
             if isinstance(body, Accepted):
@@ -311,13 +317,16 @@ class EngineClient:
         if stream is None:
             return
         if stream.push(event):
+            if stream.lost_s is not None:
+                self.series.observe_failover(time.monotonic() - stream.lost_s)
+                stream.lost_s = None
             if event.finish_reason is not None:
                 del self._streams[attempt_id]
             elif stream.ended:
                 self._abort([attempt_id])
             return
         self._abort([attempt_id])
-        self._retry(stream, f"event {event.index} came where {len(stream.token_ids)} was due")
+        self._retry(stream, "events_lost", f"event {event.index} came where {len(stream.token_ids)} was due")
 
     # --- aborting ---------------------------------------------------------------------------------------------
 
@@ -358,9 +367,10 @@ class EngineClient:
                 await asyncio.wait_for(self._probe_now.wait(), PROBE_PERIOD_S)
 
     async def _sweep(self) -> None:
-        """Fail the streams of submits that no replica accepted in time; forget replicas that have left."""
+        """Fail the streams of submits that no replica accepted in time; forget replicas that have left; publish."""
         while True:
             await asyncio.sleep(SWEEP_PERIOD_S)
+            self.series.publish()
             now_s = time.monotonic()
             busy = {batch.replica_id for batch in self._batches.values()}
             for replica_id, replica in list(self._replicas.items()):

@@ -16,6 +16,7 @@ class TokenStream:
         self.token_ids = list(request.output_token_ids)
         self.attempt_id = ""
         self.num_retries = 0
+        self.lost_s: float | None = None  # time.monotonic() of the loss of its replica, until it goes on
         self.ended = False
         self._max_undelivered_tokens = max_undelivered_tokens
         self._num_cached_tokens: int | None = None

@@ -75,6 +75,26 @@ def test_ranks_give_the_tokens_of_one_process(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_rank_tells_its_times_of_probed_steps(cluster: Cluster, checkpoint: Path, num_ranks: int) -> None:
+    settings = config(checkpoint, tensor_parallel_size=num_ranks, probe_interval=2)
+    core = EngineCore(settings, RayExecutor(settings))
+    try:
+        core.add_request(EngineRequest("r", [5] * 20, SamplingParams(max_tokens=40, seed=0, ignore_eos=True)))
+        while core.has_work():
+            core.step()
+    finally:
+        core.close()
+    assert core.stats.steps == 40
+    assert core.stats.ranks.keys() == set(range(num_ranks))
+    assert core.stats.ranks[0].samples == 20
+    for rank, sums in core.stats.ranks.items():
+        # What other ranks send comes beside the answers: of the last steps it may come too late.
+        assert sums.samples <= 20 and (rank == 0 or sums.samples > 10)
+        assert sums.forward_s > sums.collective_s
+        assert (sums.collective_s > 0) == (num_ranks > 1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_ranks_launch_a_step_before_the_last_one_is_answered(
     cluster: Cluster, checkpoint: Path, expected: list[list[int]], num_ranks: int
 ) -> None:

@@ -16,21 +16,17 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from service import metrics
+from service.metrics import CATALOG
 from tests.cluster import Cluster, wait_until
 
-LABELS = {
-    *("model_name", "engine", "layer", "phase", "role", "route", "status", "code", "finished_reason", "le", "process"),
-    *("plan", "backend", "dtype", "tensor_parallel_size", "num_pages", "page_size", "page_bytes", "max_model_len"),
-}
 PROMPT = list(range(10, 410)) * 3
 NUM_TOKENS = 20
+PHASES = ("prefill", "decode")
 
 
 class Scrape:
@@ -43,6 +39,9 @@ class Scrape:
 
     def get(self, name: str, **labels: str) -> float:
         return math.fsum(s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items())
+
+    def find(self, name: str) -> list[Sample]:
+        return [s for s in self.samples if s.name == name]
 
     def values(self, name: str, label: str, **labels: str) -> set[str]:
         found = (s for s in self.samples if s.name == name and labels.items() <= s.labels.items() and s.value > 0)
@@ -155,17 +154,62 @@ def test_gauges_return_to_rest(scrapes: tuple[Scrape, Scrape]) -> None:
         assert [s.value for s in scrapes[1].samples if s.name == name and s.labels["model_name"] == "counted"] == [0.0]
 
 
-def test_series_have_our_prefix_and_bounded_labels(cluster: Cluster, scrapes: tuple[Scrape, Scrape]) -> None:
+def test_every_series_is_in_the_catalog_and_has_its_labels(scrapes: tuple[Scrape, Scrape]) -> None:
+    known = {series.name: series for series in CATALOG}
     for sample in scrapes[1].samples:
-        assert sample.name.startswith("m3_")
-        assert sample.labels.keys() <= LABELS, sample
-    declared = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
-    assert len(declared) > 30
-    for metric in declared:
-        [family] = metric.describe()
-        assert family.documentation
-        if family.type == "histogram":
-            assert family.name.endswith(("_seconds", "_tokens", "_requests"))
+        name = sample.name if sample.name in known else re.sub("_(bucket|sum|count)$", "", sample.name)
+        assert sample.labels.keys() - {"le"} == set(known[name].labels), sample
+
+
+# What needs a fault, and what needs a text prompt.
+NOT_SEEN = {
+    *("m3_failovers_given_up_total", "m3_failover_seconds", "m3_failovers_total", "m3_engine_deaths_total"),
+    *("m3_dropped_messages_total", "m3_tokenize_seconds", "m3_num_preemptions_total", "m3_page_evictions_total"),
+}
+
+
+def test_every_series_of_the_catalog_is_there_from_the_start(scrapes: tuple[Scrape, Scrape]) -> None:
+    """A rate needs a value to grow from: what did not happen yet is 0, not absent."""
+    there = {re.sub("_(bucket|sum|count)$", "", s.name) for s in scrapes[1].samples} | {
+        s.name for s in scrapes[1].samples
+    }
+    assert {series.name for series in CATALOG} - there == set()
+    grew = {s.name for s in scrapes[1].samples if s.value > 0}
+    idle = {"m3_http_requests_in_flight", *(s.name for s in scrapes[1].samples if s.name.startswith("m3_num_requests"))}
+    for series in CATALOG:
+        if series.name not in NOT_SEEN | idle:
+            assert {series.name, f"{series.name}_count"} & grew or series.kind == "gauge", series.name
+
+
+def test_pages_ranks_and_delivery_are_counted(scrapes: tuple[Scrape, Scrape]) -> None:
+    counted = {"model_name": "counted"}
+    after = scrapes[1]
+    assert sum(after.get("m3_kv_pages", state=state, **counted) for state in ("held", "cached", "blank")) == 64
+    # Two prompts of nine full pages, the same ones, and what each generated beyond.
+    assert after.get("m3_kv_pages", state="cached", **counted) == len(PROMPT) // 128
+    assert grown(scrapes, "m3_delivered_tokens_total", **counted) == 2 * NUM_TOKENS
+    scheduled = {phase: grown(scrapes, "m3_scheduled_tokens_total", phase=phase, **counted) for phase in PHASES}
+    assert scheduled["decode"] == 2 * (NUM_TOKENS - 1)
+    assert sum(scheduled.values()) == grown(scrapes, "m3_iteration_tokens_sum", **counted)
+    steps = grown(scrapes, "m3_engine_step_seconds_count", **counted)
+    assert grown(scrapes, "m3_rank_samples_total", rank="0", **counted) == steps
+    forward_s = grown(scrapes, "m3_forward_seconds_total", **counted)
+    assert grown(scrapes, "m3_rank_forward_seconds_total", rank="0", **counted) == pytest.approx(forward_s)
+    assert grown(scrapes, "m3_rank_collective_seconds_total", rank="0", **counted) == 0
+    assert 0 < grown(scrapes, "m3_plan_seconds_total", **counted) < grown(scrapes, "m3_engine_step_seconds_sum")
+    roles = {(s.labels["layer"], s.labels["role"], s.labels["source"]) for s in after.find("m3_index_layer_info")}
+    assert roles == {
+        ("0", "dense", ""),
+        ("1", "dense", ""),
+        ("2", "compute", "2"),
+        ("3", "reuse", "2"),
+        ("4", "compute", "4"),
+    }
+    assert after.get("m3_configured_engine_replicas", **counted) == after.get("m3_ingress_replicas", **counted) == 1
+    assert after.get("m3_kv_cache_bytes", **counted) > 0 and after.get("m3_weight_bytes", **counted) > 0
+    # Of the two requests one streamed; the other one's tokens went out at once.
+    assert grown(scrapes, "m3_request_time_per_output_token_seconds_count", **counted) == 1
+    assert grown(scrapes, "m3_submit_requests_sum", **counted) == 3  # the third was refused by the engine
 
 
 def test_neither_stream_nor_counters_notice_the_death_of_a_replica(
@@ -196,7 +240,13 @@ def test_neither_stream_nor_counters_notice_the_death_of_a_replica(
     assert asyncio.run(_replica_pid(handle)) != victim
     after = Scrape(cluster.metrics_url)
     counted = {"model_name": "counted"}
-    assert grown((before, after), "m3_failovers_total", **counted) == 1
+    assert grown((before, after), "m3_failovers_total", cause="replica_lost", **counted) == 1
+    assert grown((before, after), "m3_failover_seconds_count", **counted) == 1
+    assert grown((before, after), "m3_failovers_given_up_total", **counted) == 0
+    assert grown((before, after), "m3_delivered_tokens_total", **counted) == 300
+    # The replacement's word, not the sum of both lives.
+    assert after.find("m3_engine_start_time_seconds") != before.find("m3_engine_start_time_seconds")
+    assert len(after.find("m3_engine_start_time_seconds")) == 1
     assert grown((before, after), "m3_request_success_total", **counted) == 1
     tokens = grown((before, after), "m3_generation_tokens_total", **counted)
     # What the dead replica had sampled and not sent is sampled again; what it had not yet counted is lost.
