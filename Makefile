@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench aot clean
+.PHONY: help serve monitor test lint format generate tools bench aot clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,8 +20,15 @@ $(INSTALLED): pyproject.toml
 serve: $(INSTALLED) ## serve the demo checkpoint on CPU at 127.0.0.1:8000 (PORT=...)
 	$(BIN)/m3serve serve --port $(PORT)
 
-test: $(INSTALLED) ## run all tests
+monitor: $(INSTALLED) ## run Prometheus on the service of this machine (fetches it where PATH has none)
+	$(BIN)/python -m deploy.tools fetch prometheus promtool
+	$(BIN)/m3serve monitor
+
+test: $(INSTALLED) tools ## run all tests
 	$(BIN)/python -m pytest
+
+tools: $(INSTALLED) ## fetch helm, prometheus and hadolint into .tools where PATH has none
+	$(BIN)/python -m deploy.tools fetch
 
 lint: $(INSTALLED) ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -34,6 +41,9 @@ format: $(INSTALLED) ## format the code in place
 
 aot: $(INSTALLED) ## compile every GPU kernel for sm_90, gfx942 and gfx950 and check what it takes; needs no GPU
 	env -u TRITON_INTERPRET $(BIN)/python -W ignore -m tests.kernels.aot --all
+
+generate: $(INSTALLED) ## write the dashboards, the rules and the table of metrics anew
+	$(BIN)/python -m deploy.generate
 
 bench: $(INSTALLED) ## offline speed of the demo checkpoint (MODEL=DIR for another)
 	$(BIN)/m3serve bench offline $(if $(MODEL),--model $(MODEL))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.bench import http, offline
-from service.bench.arguments import add_kernels, add_slice, count, counts
+from service.bench.arguments import add_kernels, add_metrics, add_slice, count, counts
 from service.serve_command import demo_checkpoint
 
 _EPILOG = """\
@@ -65,6 +65,9 @@ def add_parser(subparsers: Any) -> None:
     part = kinds.add_parser("slice", help="the engine on 12 layers of one M3 rank, on one GPU", allow_abbrev=False)
     add_slice(part)
     part.set_defaults(run=_slice)
+    cost = kinds.add_parser("metrics", help="what the metrics cost per decode step", allow_abbrev=False)
+    add_metrics(cost)
+    cost.set_defaults(run=_metrics)
     for kind in (alone, remote):
         kind.add_argument("--out", metavar="FILE", help="write the JSON here instead of stdout")
 
@@ -106,6 +109,11 @@ def _http(args: argparse.Namespace) -> int:
 # By name: the other commands need neither torch nor Triton.
 def _kernels(args: argparse.Namespace) -> int:
     status: int = importlib.import_module("service.bench.kernels").from_args(args)
+    return status
+
+
+def _metrics(args: argparse.Namespace) -> int:
+    status: int = importlib.import_module("service.bench.instrumentation").from_args(args)
     return status
 
 

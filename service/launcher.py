@@ -135,7 +135,9 @@ def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSett
             logging_level=logging.ERROR,
             _temp_dir=directory,
             _node_ip_address="127.0.0.1",
+            _metrics_export_port=settings.ray_metrics_port,
         )
+        _say(f"Ray's own metrics: http://127.0.0.1:{settings.ray_metrics_port}/metrics")
         _check_gpus(settings)
         yield settings.model_copy(update={"data_host": settings.data_host or "127.0.0.1"})
     finally:

@@ -1,6 +1,6 @@
 """Who writes which series: an engine replica, an ingress, a request on its way.
 
-What happens per step or per token is kept in plain Python and published a few times a second: a write to a shared
+What happens per step or per token is kept in plain Python and published twice a second: a write to a shared
 series takes about a microsecond, and a model has hundreds of them.
 """
 
@@ -17,7 +17,13 @@ from service import metrics
 from service.metrics import Histogram
 
 # A busy engine publishes this often, an idle one at once.
-PUBLISH_PERIOD_S = 0.2
+PUBLISH_PERIOD_S = 0.5
+COMPLETIONS_ROUTE = "/v1/completions"
+COMMON_STATUSES = ("200", "400", "404", "429", "500", "503")
+COMMON_REFUSALS = (
+    *("engine_overloaded", "engine_unavailable", "internal_error", "generation_failed"),
+    *("context_length_exceeded", "invalid_value", "invalid_type", "model_not_found"),
+)
 
 
 class CpuSeries:
@@ -204,6 +210,11 @@ class IngressSeries:
         self._ended = {
             reason.value: metrics.REQUEST_SUCCESS.labels(model_name, reason.value) for reason in FinishReason
         }
+        # From 0 on: the first of its kind would otherwise appear as 1, and no rate would see it grow.
+        for code in COMMON_REFUSALS:
+            metrics.REFUSALS.labels(model_name, code)
+        for status in COMMON_STATUSES:
+            metrics.HTTP_REQUESTS.labels(COMPLETIONS_ROUTE, status)
         metrics.CONFIGURED_REPLICAS.labels(model_name).set(configured_replicas)
         metrics.INGRESS_REPLICAS.labels(model_name).set(1)
         self._gaps_s: list[float] = []

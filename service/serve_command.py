@@ -17,6 +17,7 @@ from engine.config import resolve_model
 from engine.errors import ConfigError
 from engine.msa.plan import IndexPlan
 from engine.tokenizer import Tokenizer
+from service import tracing
 from service.flags import add_settings, given_settings, make_settings
 from service.settings import ServiceSettings
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         update={
             "port": free_port("--port", settings.host, settings.port),
             "metrics_port": free_port("--metrics-port", settings.host, settings.metrics_port),
+            "ray_metrics_port": _ray_metrics_port(settings, args.ray_address),
         }
     )
     launcher = importlib.import_module("service.launcher")
@@ -92,10 +94,18 @@ def demo_checkpoint() -> str:
 
 def check(settings: ServiceSettings) -> IndexPlan:
     """What can be wrong with settings and checkpoint, found before any process starts; the resolved plan."""
+    tracing.check(settings)
     config = settings.engine_config()
     model, knobs = resolve_model(config)
     Tokenizer.from_dir(config.model, vocab_size=model.vocab_size)
     return knobs.build_plan(model.is_sparse)
+
+
+def _ray_metrics_port(settings: ServiceSettings, ray_address: str | None) -> int:
+    """Only a private Ray listens where it is told to."""
+    if ray_address is not None:
+        return settings.ray_metrics_port
+    return free_port("--ray-metrics-port", "127.0.0.1", settings.ray_metrics_port)
 
 
 def free_port(flag: str, host: str, port: int) -> int:

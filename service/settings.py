@@ -76,8 +76,25 @@ class ServiceSettings(BaseSettings):
     metrics_port: int = Field(
         default=9400, ge=0, le=65535, description="port of the Prometheus exporter; 0: any free one (CLI)"
     )
+    ray_metrics_port: int = Field(
+        default=9401,
+        ge=0,
+        le=65535,
+        description="port of Ray's own metrics in a private cluster; 0: any free one (CLI)",
+    )
     metrics_dir: str | None = Field(
         default=None, description="directory where the processes of a node share their series; default: no metrics"
+    )
+    otlp_traces_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/\s]+/\S+$",
+        description="OpenTelemetry collector for traces, a full URL as http://HOST:4318/v1/traces; default: no traces",
+    )
+    trace_sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the requests to trace; for those with a traceparent header its sampled flag decides",
     )
     max_queued_requests: int = Field(
         default=256, ge=0, description="requests that one replica lets wait beyond max_num_seqs; more get a 429"

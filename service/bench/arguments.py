@@ -31,6 +31,15 @@ examples:
   m3serve bench slice --freqs 1,4 --concurrency 64 --context-tokens 32768
   m3serve bench slice --tiny --backend torch           the same on a model of toy size, on CPU
 """
+_METRICS = """\
+What the metrics cost per decode step: counting in the engine, publishing the replica's series into shared files, and
+probed steps, spread over the default interval. Each is timed by itself; steps with and without the series alternate.
+"""
+_METRICS_EPILOG = """\
+examples:
+  m3serve bench metrics --model DIR --batches 1,16 --num-threads 1
+  python -m service.bench.instrumentation                    12 layers of one M3 rank, on a GPU with 80 GB
+"""
 
 
 def counts(text: str) -> list[int]:
@@ -107,3 +116,16 @@ def add_slice(parser: argparse.ArgumentParser) -> None:
         "--bandwidth", type=float, default=None, metavar="TB/s",
         help="what floors assume; default: measured on a GPU, else 3.02, an H100's",
     )  # fmt: skip
+
+
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench metrics`."""
+    _describe(parser, _METRICS, _METRICS_EPILOG)
+    parser.add_argument("--model", metavar="DIR", help="checkpoint; default: 12 layers of one M3 rank, on a GPU")
+    parser.add_argument("--batches", type=counts, default=[1, 16], metavar="N,N", help="requests in a step (1,16)")
+    parser.add_argument("--context-tokens", type=count, default=2048, metavar="N", help="prompt length (2048)")
+    parser.add_argument("--steps", type=count, default=256, metavar="N", help="decode steps of either sort (256)")
+    parser.add_argument(
+        "--index-topk-freq", type=count, default=4, metavar="N", help="one sparse layer in N selects (4)"
+    )
+    parser.add_argument("--num-threads", type=count, metavar="N", help="CPU threads; default: all cores")

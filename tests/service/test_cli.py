@@ -27,6 +27,7 @@ from service.settings import ServiceSettings
 from tests.cluster import process_exists, wait_until
 
 START_TIMEOUT_S = 120.0
+ANY_PORTS = ("--port", "0", "--metrics-port", "0", "--ray-metrics-port", "0")
 
 
 def parse(*flags: str) -> dict[str, Any]:
@@ -117,8 +118,8 @@ def test_wrong_checkpoints_end_the_command_before_anything_starts(
 def test_ports_in_use_are_named(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as owner:
         port = str(owner.getsockname()[1])
-        for flag in ("--port", "--metrics-port"):
-            others = ["--port", "0", "--metrics-port", "0"]
+        for flag in ("--port", "--metrics-port", "--ray-metrics-port"):
+            others = list(ANY_PORTS)
             message = fails(capsys, "--model", str(checkpoint), *others, flag, port)
             assert flag in message and port in message and "in use" in message
 
@@ -134,7 +135,7 @@ class Command:
     def __init__(self, *flags: str) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--metrics-port", "0", *flags],
+            [sys.executable, "-m", "service.cli", "serve", *ANY_PORTS, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -149,8 +149,9 @@ def test_only_the_worker_group_and_the_offline_api_use_the_transport() -> None:
 def test_the_index_cache_is_known_in_few_places() -> None:
     """The plan and the cache are made by the model and used by msa; others may hold them, not reason about them."""
     makers = {"engine.model.minimax_m3"}
-    # The offline API shows both to its caller; the executor hands the cache up; `m3serve plan` prints the plan.
-    showers = {"engine", "engine.llm", "engine.executor", "service.serve_command"}
+    # The offline API shows both to its caller; the executor hands the cache up; `m3serve plan` prints the plan, and
+    # the series tell it by layer.
+    showers = {"engine", "engine.llm", "engine.executor", "service.serve_command", "service.series"}
     for module, path in MODULES.items():
         if within(module, ("engine.msa",)) or module in makers | showers:
             continue
