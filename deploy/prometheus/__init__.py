@@ -1,0 +1,1 @@
+"""Recording rules and alerts. `python -m deploy.generate` writes rules.yaml."""
