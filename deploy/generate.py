@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from deploy import chart_schema
 from deploy.grafana import dashboards
 from deploy.prometheus import rules
 from service import metrics_table
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def generated() -> dict[str, str]:
     """Every generated file: its path in the checkout, and its content."""
-    return metrics_table.generated() | dashboards.generated() | rules.generated()
+    return metrics_table.generated() | dashboards.generated() | rules.generated() | chart_schema.generated()
 
 
 def stale() -> list[str]:

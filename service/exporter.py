@@ -16,6 +16,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from service import series_files
 
+POLL_S = 0.25
+
 
 class _LivingCollector:
     """The series of the directory, after those of dead processes were taken care of."""
@@ -57,7 +59,7 @@ class Exporter:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Serve until Ctrl-C, or from SIGTERM on until the last process that writes has ended, or a second SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m service.exporter", description=__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="directory that the deployments write to")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -65,10 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     exporter = Exporter(args.dir, host=args.host, port=args.port)
     print(f"metrics: http://{args.host}:{exporter.port}/metrics", flush=True)
-    done = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: done.set())
-    done.wait()
+    stop, drain = threading.Event(), threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: (stop if drain.is_set() else drain).set())
+    # A pod that drains may go on for minutes, and must not do so unseen.
+    while not stop.wait(POLL_S) and not (drain.is_set() and not series_files.is_alive(args.dir)):
+        pass
     exporter.close()
 
 

@@ -56,13 +56,18 @@ def fold(directory: Path) -> None:
 
 def clear_if_dead(directory: Path) -> None:
     """Remove what an earlier life of the service left, unless a process of it still lives."""
-    alive = False
-    for owner in _owners(directory):
-        with _grave(directory, owner) as is_dead:
-            alive = alive or not is_dead
-    if not alive:
-        for path in directory.glob("*.db"):
+    if not is_alive(directory):
+        for path in (*directory.glob("*.db"), *directory.glob("*.lock")):
             path.unlink()
+
+
+def is_alive(directory: Path) -> bool:
+    """Whether some process that writes to the directory still lives."""
+    for owner in _owners(directory):
+        with _grave(directory, owner, remove=False) as is_dead:
+            if not is_dead:
+                return True
+    return False
 
 
 def _owners(directory: Path) -> list[str]:
@@ -72,7 +77,7 @@ def _owners(directory: Path) -> list[str]:
 
 
 @contextmanager
-def _grave(directory: Path, owner: str) -> Iterator[bool]:
+def _grave(directory: Path, owner: str, *, remove: bool = True) -> Iterator[bool]:
     """Hold the lock of a process while its files are dealt with, and remove it then. Yields False if it lives."""
     path = directory / f"{owner}.lock"
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -83,7 +88,8 @@ def _grave(directory: Path, owner: str) -> Iterator[bool]:
             yield False
             return
         yield True
-        path.unlink()
+        if remove:
+            path.unlink()
     finally:
         os.close(descriptor)
 

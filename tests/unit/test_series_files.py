@@ -109,6 +109,25 @@ def test_an_exporter_that_restarts_alone_loses_nothing(tmp_path: Path) -> None:
         assert scrape(source) == {}, "nobody of that life is left"
 
 
+def test_the_exporter_of_a_draining_pod_ends_with_its_last_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service.exporter", "--dir", str(tmp_path), "--port", "0"]
+    with writer(tmp_path, 3, "0") as first:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().removeprefix("metrics: ").strip()
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=1.0)
+            with urllib.request.urlopen(url, timeout=5) as reply:
+                assert b"requests_total" in reply.read()
+            kill(first)
+            assert process.wait(timeout=10) == 0
+        finally:
+            process.kill()
+            process.wait(timeout=10)
+
+
 def test_scrapes_at_the_same_time_see_whole_sums(tmp_path: Path) -> None:
     seen: list[float] = []
     with exporter(tmp_path) as source, writer(tmp_path, 3, "0") as first, writer(tmp_path, 4, "1") as second:
