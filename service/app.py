@@ -4,7 +4,8 @@
 its constructor is `Ingress(settings: ServiceSettings, engine: DeploymentHandle)`.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: Serve reads the annotation of `build` to turn the YAML's `args`
+# into settings, and passes a plain dict when it finds a string there.
 
 from typing import Any
 

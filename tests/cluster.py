@@ -64,6 +64,7 @@ class Cluster:
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="m3t-", dir="/tmp"))
         self.exporter = Exporter(self.directory / "metrics", port=0)
+        self.ray_metrics = f"{LOOPBACK}:{free_port()}"
         ray.init(
             address="local",
             num_cpus=16,
@@ -72,6 +73,9 @@ class Cluster:
             object_store_memory=200 * 2**20,
             _temp_dir=str(self.directory / "ray"),
             _node_ip_address=LOOPBACK,
+            _metrics_export_port=int(self.ray_metrics.rpartition(":")[2]),
+            # Of Ray's own series; 10000 unless set.
+            _system_config={"metrics_report_interval_ms": 1000},
         )
         self.port = free_port()
         self.url = f"http://{LOOPBACK}:{self.port}"
