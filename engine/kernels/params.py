@@ -2,9 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
+
+# Columns that share one scale.
+MX_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class MXWeight:
+    """A weight of a microscaling format (OCP MX v1.0), as checkpoints store it.
+
+    format: "mxfp8" or "mxfp4".
+    values: uint8. mxfp8: [..., rows, columns], e4m3fn codes. mxfp4: [..., rows, columns / 2], two e2m1 codes each, the
+    even column in the low four bits.
+    scales: uint8 [..., rows, columns / 32], e8m0: a code stands for 2 ** (code - 127), 255 for NaN.
+    """
+
+    format: Literal["mxfp8", "mxfp4"]
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of the weight that it stands for, [..., rows, columns]."""
+        return (*self.values.shape[:-1], self.values.shape[-1] * (2 if self.format == "mxfp4" else 1))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    @staticmethod
+    def cat(parts: Sequence[MXWeight]) -> MXWeight:
+        """Parts of one format, one below the other."""
+        assert len({part.format for part in parts}) == 1, "parts of different formats"
+        return MXWeight(
+            parts[0].format,
+            torch.cat([part.values for part in parts], -2),
+            torch.cat([part.scales for part in parts], -2),
+        )
+
+
+# What a linear layer is made of.
+Weight = Tensor | MXWeight
 
 
 @dataclass(frozen=True, slots=True)
