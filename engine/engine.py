@@ -120,9 +120,7 @@ class EngineCore:
         come too."""
         if lost is not None:
             for state in self._requests.values():
-                self._end_timeline(state, None)
-                if state.timeline is not None:
-                    state.timeline.error = lost
+                self._end_timeline(state, None, lost)
         timelines, self._timelines = self._timelines, []
         return timelines
 
@@ -223,12 +221,9 @@ class EngineCore:
             return
         if token_id == NOT_FINITE:
             self._end(state, findable=False)
-            event = self._last_event(state, FinishReason.ERROR)
-            event.error = f"the model's logits at position {end - 1} are not finite"
-            if state.timeline is not None:
-                state.timeline.error = event.error
-            log.error("request %s: %s", state.request_id, event.error)
-            self._events.append(event)
+            error = f"the model's logits at position {end - 1} are not finite"
+            log.error("request %s: %s", state.request_id, error)
+            self._events.append(self._last_event(state, FinishReason.ERROR, error))
             return
         self.scheduler.commit(state, end)
         if state.prompt_logprobs is not None:
@@ -284,9 +279,10 @@ class EngineCore:
             num_cached_tokens=state.num_cached_tokens or 0,
         )
 
-    def _last_event(self, state: RequestState, finish_reason: FinishReason) -> RequestEvent:
+    def _last_event(self, state: RequestState, finish_reason: FinishReason, error: str | None = None) -> RequestEvent:
         """An event that ends a request without a token."""
         event = self._event(state)
+        event.error = error
         self._finish(event, state, finish_reason)
         return event
 
@@ -300,15 +296,15 @@ class EngineCore:
         observations.generation_tokens.append(state.num_output_tokens)
         if state.first_token_s is not None:
             observations.decode_s.append(time.monotonic() - state.first_token_s)
-        self._end_timeline(state, finish_reason)
+        self._end_timeline(state, finish_reason, event.error)
 
-    def _end_timeline(self, state: RequestState, finish_reason: FinishReason | None) -> None:
-        timeline = state.timeline
+    def _end_timeline(self, state: RequestState, finish_reason: FinishReason | None, error: str | None) -> None:
+        timeline, state.timeline = state.timeline, None
         if timeline is None:
             return
         timeline.admitted_s, timeline.first_token_s = state.admitted_s, state.first_token_s
         timeline.ended_s = time.monotonic()
-        timeline.finish_reason = finish_reason
+        timeline.finish_reason, timeline.error = finish_reason, error
         timeline.num_output_tokens = state.num_output_tokens
         timeline.num_cached_tokens = state.num_cached_tokens or 0
         self._num_traced -= 1
@@ -361,7 +357,7 @@ def _record(step: Step, ended_s: float) -> None:
     plan = step.plan
     batch_rows, batch_tokens = len(plan.rows), plan.num_tokens
     for row, state in zip(plan.rows, step.requests, strict=True):
-        if state.timeline is not None and not state.ended:
+        if state.timeline is not None:
             state.timeline.add_step(
                 StepTime(
                     step_id=plan.step_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from typing import TYPE_CHECKING, ClassVar
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -14,6 +15,9 @@ from engine.errors import RequestError
 from service.errors import BodyTimeout, BodyTooLarge, ErrorAnswer, UnsupportedMediaType, answer, is_expected
 from service.metrics import HTTP_IN_FLIGHT, HTTP_REQUESTS
 from service.series import CpuSeries, IngressSeries
+
+if TYPE_CHECKING:  # at run time only where tracing is on
+    from service.tracing_ingress import IngressTracer
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,13 @@ class Boundary:
     """ASGI middleware around the whole application.
 
     Serve's own middleware makes or echoes x-request-id in the answer; here it is only checked and logged.
-    A handler that leaves its IngressSeries in `request.state.series` has its refusals counted.
+    A handler that leaves its IngressSeries in `request.state.series` has its refusals counted, and finds the
+    request's HttpTrace, or None, in `request.state.trace`.
+
+    tracer: of this process, set before its first request; None when tracing is off.
     """
+
+    tracer: ClassVar[IngressTracer | None] = None
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -46,6 +55,10 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         status: int | None = None
+        code: str | None = None
+        trace = None if self.tracer is None else self.tracer.start(scope)
+        state = scope.setdefault("state", {})
+        state["trace"] = trace
         HTTP_IN_FLIGHT.inc()
 
         async def watched_send(message: Message) -> None:
@@ -62,9 +75,10 @@ class Boundary:
             return  # nobody is left to answer
         except Exception as error:
             refusal = report(error, request_id[:MAX_REQUEST_ID_CHARS])
+            code = refusal.code
             if status is not None:
                 raise  # a broken body must not look complete
-            series: IngressSeries | None = scope.get("state", {}).get("series")
+            series: IngressSeries | None = state.get("series")
             if series is not None:
                 series.count_refusal(refusal.code)
             await send_answer(refusal, watched_send)
@@ -72,8 +86,11 @@ class Boundary:
             # Left out: requests whose client went away before an answer began.
             self._cpu.update()
             HTTP_IN_FLIGHT.dec()
+            route: str | None = getattr(scope.get("route"), "path", None)
             if status is not None:
-                HTTP_REQUESTS.labels(getattr(scope.get("route"), "path", "unknown"), str(status)).inc()
+                HTTP_REQUESTS.labels(route or "unknown", str(status)).inc()
+            if trace is not None:
+                trace.end(route, status, code)
 
 
 def check_request_id(request_id: str) -> str:

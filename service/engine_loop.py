@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from engine.engine import EngineCore
 from engine.errors import EngineDead, RequestError
 from engine.metrics import EngineStats
+from engine.timeline import Timeline
 from engine.types import EngineRequest, RequestEvent
 from service.messages import Refusal
 
@@ -35,11 +36,13 @@ class EngineLoopCallbacks:
 
     outcome: the events of one step, and requests refused since the last one.
     stats: after each step.  death: once, with the cause, when the worker group is lost.
+    timelines: of traced requests that ended; None when nothing is traced.
     """
 
     outcome: Callable[[list[RequestEvent], list[Refusal]], None]
     stats: Callable[[EngineStats], None]
     death: Callable[[str], None]
+    timelines: Callable[[list[Timeline]], None] | None = None
 
 
 class EngineLoop:
@@ -108,6 +111,8 @@ class EngineLoop:
             log.exception("the scheduler thread failed")
             self._die(f"the scheduler thread failed: {error!r}")
         finally:
+            if self._callbacks.timelines is not None:
+                self._callbacks.timelines(self._core.take_timelines(lost=self._dead or "the replica stopped"))
             self._core.close()
 
     def _die(self, cause: str) -> None:
@@ -123,6 +128,8 @@ class EngineLoop:
             self._live.difference_update(e.request_id for e in events if e.finish_reason is not None)
             self._callbacks.outcome(events, refusals)
             self._callbacks.stats(self._core.stats)
+            if self._callbacks.timelines is not None and (timelines := self._core.take_timelines()):
+                self._callbacks.timelines(timelines)
             return
         if refusals:
             self._callbacks.outcome([], refusals)

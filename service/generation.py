@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,9 +14,13 @@ from engine.types import EngineRequest, RequestEvent
 from service import sse
 from service.boundary import report
 from service.completion import Choice, TokenizedPrompt, chunk_usage, usage_of
+from service.errors import answer
 from service.protocol import Completion, CompletionRequest
 from service.series import RequestTimer
 from service.stream import EngineClient
+
+if TYPE_CHECKING:  # at run time only where tracing is on
+    from service.tracing_ingress import ChoiceTrace, HttpTrace
 
 EngineStream = AsyncGenerator[RequestEvent, None]
 
@@ -66,7 +71,8 @@ class EventMerge:
 class CompletionRun:
     """One POST /v1/completions on its way through the engine: an asynchronous context that owns its requests.
 
-    engine_requests, timers: one per choice.  head: the envelope of the answer, without choices.
+    engine_requests, timers: one per choice.  head: the envelope of the answer, without choices.  trace: of the HTTP
+    request, if it is traced.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class CompletionRun:
         timers: Sequence[RequestTimer],
         head: Completion,
         client: EngineClient,
+        trace: HttpTrace | None = None,
     ) -> None:
         num_per_prompt = request.num_choices_per_prompt
         self._request = request
@@ -86,6 +93,8 @@ class CompletionRun:
         self._timers = timers
         self._head = head
         self._client = client
+        self._trace = trace
+        self._choice_traces: list[ChoiceTrace] = []
         self._choices = [
             Choice(i, prompts[i // num_per_prompt], request, engine_request.sampling)
             for i, engine_request in enumerate(engine_requests)
@@ -94,9 +103,15 @@ class CompletionRun:
         self._news: list[Choice] = []
         self._begun = False
         self._failed = False
+        self._failure_code: str | None = None
 
     async def __aenter__(self) -> CompletionRun:
-        self._merge = EventMerge([self._client.generate(request) for request in self._engine_requests])
+        traces: list[ChoiceTrace | None] = [None] * len(self._engine_requests)
+        if self._trace is not None:
+            self._choice_traces = self._trace.choices(self._engine_requests, self._head.id)
+            traces = [*self._choice_traces]
+        pairs = zip(self._engine_requests, traces, strict=True)
+        self._merge = EventMerge([self._client.generate(request, trace) for request, trace in pairs])
         return self
 
     async def __aexit__(
@@ -104,6 +119,10 @@ class CompletionRun:
     ) -> None:
         await self._merge.close()
         failed = self._failed or isinstance(error, Exception)
+        if self._choice_traces:
+            code = answer(error).code if isinstance(error, Exception) else self._failure_code
+            for choice in self._choices:
+                self._end_trace(choice, "error" if failed else "abort", code)
         if failed and not self._begun:
             return  # refused: counted as such, never run
         for choice, timer in zip(self._choices, self._timers, strict=True):
@@ -141,7 +160,11 @@ class CompletionRun:
         except Exception as error:  # the status line is out: the error travels in the stream
             self._failed = True
             self._news = []
-            last = sse.event(report(error, self._head.id).body)
+            refusal = report(error, self._head.id)
+            self._failure_code = refusal.code
+            if self._trace is not None:
+                self._trace.fail(refusal.code)
+            last = sse.event(refusal.body)
         yield last + sse.DONE
         self._sent(self._news)
 
@@ -157,9 +180,19 @@ class CompletionRun:
             touched[index] = choice
             if choice.push(event):
                 self._num_open -= 1
+                if self._choice_traces:
+                    self._end_trace(choice)
                 if event.finish_reason is None:
                     self._merge.stop(index)
         return list(touched.values())
+
+    def _end_trace(self, choice: Choice, otherwise: str = "abort", code: str | None = None) -> None:
+        self._choice_traces[choice.index].end(
+            choice.finish_reason or otherwise,
+            num_tokens=choice.num_tokens,
+            num_cached_tokens=choice.num_cached_tokens,
+            code=code,
+        )
 
     def _sent(self, choices: Sequence[Choice]) -> None:
         for choice in choices:

@@ -11,6 +11,7 @@ import hashlib
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -23,6 +24,7 @@ from starlette.exceptions import HTTPException
 from engine.errors import EngineDead, RequestError
 from engine.tokenizer import Tokenizer
 from engine.types import MAX_SEED, EngineInfo, EngineRequest, SamplingParams
+from service import tracing
 from service.boundary import Boundary, read_body
 from service.completion import TokenizedPrompt
 from service.errors import NotFound, answer
@@ -116,6 +118,7 @@ class Ingress:
 
     async def __init__(self, settings: ServiceSettings, engine: DeploymentHandle) -> None:  # type: ignore[misc]
         self._settings = settings
+        self._tracer = Boundary.tracer = tracing.open_ingress(settings, serve.get_replica_context().replica_tag)
         self._tokenizer = Tokenizer.from_dir(settings.model)
         # Long prompts are encoded beside the event loop, so that health checks and streams go on.
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
@@ -127,6 +130,8 @@ class Ingress:
     async def __del__(self) -> None:
         await self._client.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
+        if self._tracer is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
 
     @app.get("/health")
     async def health(self) -> Response:
@@ -159,10 +164,12 @@ class Ingress:
         sampling = body.sampling()
         info = await self._client.info()
         _check_vocabulary(sampling, info.vocab_size)
-        prompts = await self._tokenize(body.prompt, info, add_special_tokens=body.add_special_tokens)
+        trace = request.state.trace
+        with nullcontext() if trace is None else trace.part("tokenize"):
+            prompts = await self._tokenize(body.prompt, info, add_special_tokens=body.add_special_tokens)
         head = self._head("cmpl", info)
         requests = _engine_requests(head.id, prompts, sampling, body.num_choices_per_prompt)
-        run = CompletionRun(body, prompts, requests, timers=timers, head=head, client=self._client)
+        run = CompletionRun(body, prompts, requests, timers=timers, head=head, client=self._client, trace=trace)
         if body.stream:
             return EventStream(run)
         async with run:

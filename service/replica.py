@@ -25,6 +25,7 @@ from engine.metrics import EngineStats
 from engine.ray_executor import RayExecutor
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
 from engine.types import FinishReason, RequestEvent
+from service import tracing
 from service.engine_loop import EngineLoop, EngineLoopCallbacks
 from service.messages import Abort, Accepted, Ended, Refusal, StepEvents, Submit, SubmitReply
 from service.series import EngineSeries
@@ -75,6 +76,7 @@ class EngineReplica:
         config = settings.engine_config()
         context = serve.get_replica_context()
         self._replica_id = context.replica_tag
+        self._tracer = tracing.open_engine(settings, self._replica_id, str(context.rank.rank))
         executor = RayExecutor(
             config,
             step_timeout_s=settings.step_timeout_s,
@@ -100,7 +102,12 @@ class EngineReplica:
         self._data_host = settings.data_host or ray.util.get_node_ip_address()
         self._engine = EngineLoop(
             core,
-            EngineLoopCallbacks(outcome=self._on_outcome, stats=self._on_stats, death=self._on_death),
+            EngineLoopCallbacks(
+                outcome=self._on_outcome,
+                stats=self._on_stats,
+                death=self._on_death,
+                timelines=None if self._tracer is None else self._tracer.add,
+            ),
             check_alive=executor.check_alive,
             max_live_requests=settings.max_live_requests,
             step_timeout_s=settings.step_timeout_s,
@@ -151,6 +158,8 @@ class EngineReplica:
         # Serve calls this when the replica stops, after its requests have drained.
         if engine := getattr(self, "_engine", None):
             engine.close()
+            if self._tracer is not None:
+                self._tracer.close()
 
     # --- from the scheduler thread ----------------------------------------------------------------------------
 
@@ -237,6 +246,9 @@ class EngineReplica:
 
     def _exit(self) -> None:
         self._engine.close()
+        if self._tracer is not None:
+            # Requests wait for this process to end: a collector that is slow is not to hold them up.
+            self._tracer.close(timeout_s=EXIT_DELAY_S)
         os._exit(1)
 
     def _abort(self, request_ids: list[str]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
@@ -27,6 +27,9 @@ from service.messages import Abort, Accepted, Ended, StepEvents, Submit, SubmitR
 from service.series import IngressSeries
 from service.settings import ServiceSettings
 from service.token_stream import TokenStream
+
+if TYPE_CHECKING:  # at run time only where tracing is on
+    from service.tracing_ingress import ChoiceTrace
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +123,9 @@ class EngineClient:
             replica.socket.close(linger=0)
         self._context.term()
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[RequestEvent, None]:
+    async def generate(
+        self, request: EngineRequest, trace: ChoiceTrace | None = None
+    ) -> AsyncGenerator[RequestEvent, None]:
         """Events of one request, in order and without gaps; the last one has a finish_reason.
 
         The request leaves at the first `__anext__`: streams that are started in one turn of the event loop (the
@@ -132,7 +137,7 @@ class EngineClient:
         event, and EngineDead when no replica answers or the retry limit is used up, at any point. A finish_reason
         ERROR comes with `event.error`.
         """
-        stream = TokenStream(request, self._settings.max_undelivered_tokens)
+        stream = TokenStream(request, self._settings.max_undelivered_tokens, trace)
         self._queue(stream)
         try:
             while True:
@@ -182,6 +187,8 @@ class EngineClient:
         self._num_attempts += 1
         stream.attempt_id = f"{self._client_id}.{self._num_attempts:x}"
         self._streams[stream.attempt_id] = stream
+        if stream.trace is not None:
+            stream.trace.begin_attempt(stream.attempt_id, num_resumed_tokens=len(stream.token_ids))
         self._batcher.add(stream)
 
     def _send(self, streams: list[TokenStream]) -> asyncio.Future[None]:
@@ -202,7 +209,7 @@ class EngineClient:
             on_its_way,
         )
         self._batches[batch.submit_id] = batch
-        requests = [dataclasses.replace(s.request, request_id=s.attempt_id, output_token_ids=s.token_ids) for s in live]
+        requests = [stream.attempt() for stream in live]
         self.series.observe_submit(len(requests))
         payload = encode(Submit(batch.submit_id, self.endpoint, self.token, requests))
         batch.call = asyncio.create_task(self._call(batch, payload))
@@ -261,6 +268,8 @@ class EngineClient:
         if stream.lost_s is None:
             stream.lost_s = time.monotonic()
         self.series.count_failover(kind)
+        if stream.trace is not None:
+            stream.trace.failed_over(kind, cause)
         # The routers may not know yet that the replica is gone: give them time to find out.
         delay_s = RETRY_BACKOFF_S * (2 ** (stream.num_retries - 1))
         asyncio.get_running_loop().call_later(delay_s, self._queue, stream)
@@ -308,6 +317,9 @@ class EngineClient:
             control = connect_push(self._context, accepted.control_endpoint)
             replica = self._replicas[accepted.replica_id] = _Replica(control, accepted.control_token, 0.0)
         replica.used_at_s = self._answered_at_s
+        for name in batch.attempt_ids:
+            if (stream := self._streams.get(name)) is not None and stream.trace is not None:
+                stream.trace.accepted(accepted.replica_id)
         # Their callers left before it was known where to send the abort.
         self._send_abort(accepted.replica_id, [name for name in batch.attempt_ids if name not in self._streams])
 

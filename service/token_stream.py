@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+from typing import TYPE_CHECKING
 
 from engine.errors import M3Error
 from engine.types import EngineRequest, FinishReason, RequestEvent
+
+if TYPE_CHECKING:  # at run time only where tracing is on
+    from service.tracing_ingress import ChoiceTrace
 
 
 class TokenStream:
     """One request of a caller, over all its attempts."""
 
-    def __init__(self, request: EngineRequest, max_undelivered_tokens: int) -> None:
+    def __init__(self, request: EngineRequest, max_undelivered_tokens: int, trace: ChoiceTrace | None = None) -> None:
         self.request = request
+        self.trace = trace
         self.token_ids = list(request.output_token_ids)
         self.attempt_id = ""
         self.num_retries = 0
@@ -23,6 +29,15 @@ class TokenStream:
         self._pending: RequestEvent | None = None
         self._error: M3Error | None = None
         self._wake = asyncio.Event()
+
+    def attempt(self) -> EngineRequest:
+        """What is left of the request, under the name of its attempt."""
+        return dataclasses.replace(
+            self.request,
+            request_id=self.attempt_id,
+            output_token_ids=self.token_ids,
+            trace_parent=None if self.trace is None else self.trace.trace_parent,
+        )
 
     def push(self, event: RequestEvent) -> bool:
         """Take the engine's next event; False when one before it is missing."""

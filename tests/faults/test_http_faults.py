@@ -25,7 +25,16 @@ def url(cluster: Cluster, checkpoint: Path) -> Iterator[str]:
         yield base
 
 
-def test_a_lost_engine_is_an_error_in_the_stream_then_503_then_over(url: str) -> None:
+def series(cluster: Cluster, name: str) -> float:
+    text = httpx.get(cluster.metrics_url).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
+
+
+COUNTED = ("m3_engine_deaths_total", "m3_failovers_given_up_total")
+
+
+def test_a_lost_engine_is_an_error_in_the_stream_then_503_then_over(cluster: Cluster, url: str) -> None:
+    before = {name: series(cluster, name) for name in COUNTED}
     body = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
     engine = serve.get_deployment_handle("Engine", "service")
     _replica, worker = engine.pids.remote().result(timeout_s=TIMEOUT_S)
@@ -51,3 +60,5 @@ def test_a_lost_engine_is_an_error_in_the_stream_then_503_then_over(url: str) ->
     wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200, timeout_s=TIMEOUT_S, what="the replacement")
     answer = httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 2}, timeout=TIMEOUT_S)
     assert answer.status_code == 200
+    # Counted by the replica as it died; its replacement goes on from there.
+    assert {name: series(cluster, name) - before[name] for name in COUNTED} == dict.fromkeys(COUNTED, 1)

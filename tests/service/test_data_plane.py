@@ -53,7 +53,9 @@ def series(cluster: Cluster, name: str) -> float:
     """Value of a series of the engine under test."""
     with urllib.request.urlopen(cluster.metrics_url, timeout=5) as reply:
         text = reply.read().decode()
-    return sum(float(value) for value in re.findall(rf'^{name}{{[^\n]*model_name="plane"}} (\S+)$', text, re.MULTILINE))
+    return sum(
+        float(value) for value in re.findall(rf'^{name}{{[^\n]*model_name="plane"[^\n]*}} (\S+)$', text, re.MULTILINE)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_closing_a_stream_frees_its_pages(cluster: Cluster, settings: ServiceSet
         async with engine_client(settings, handle) as client:
             async with aclosing(client.generate(EngineRequest("r", [8] * 500, sampling(1, 3000)))) as stream:
                 await anext(stream)
-                assert not idle()
+                await asyncio.to_thread(wait_until, lambda: not idle(), timeout_s=10, what="pages in use")
             await asyncio.to_thread(wait_until, idle, timeout_s=10, what="free pages")
             after = series(cluster, "m3_generation_tokens_total")
             assert after - before < 1000, "it ran on after the abort"
@@ -230,7 +232,7 @@ def test_strangers_on_the_token_sockets_change_nothing(
             assert client.num_dropped == 3
         reply = msgspec.msgpack.decode(await asyncio.wait_for(response, 20.0), type=SubmitReply)
         assert [(e.finish_reason, e.num_output_tokens) for e in reply.ended] == [(FinishReason.LENGTH, 200)]
-        assert series(cluster, "m3_dropped_messages_total") == dropped + 3
+        wait_until(lambda: series(cluster, "m3_dropped_messages_total") == dropped + 3, timeout_s=5, what="the count")
         for socket in (ingress.socket, *strangers):
             socket.close(linger=0)
         ingress.context.term()

@@ -368,7 +368,7 @@ def test_a_disconnect_ends_the_request_in_the_engine(cluster: Cluster, url: str)
     ) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: {")
-        assert cluster_series(cluster, "m3_num_requests_running") == 1
+        wait_until(lambda: cluster_series(cluster, "m3_num_requests_running") == 1, timeout_s=10, what="its steps")
     wait_until(lambda: cluster_series(cluster, "m3_num_requests_running") == 0, timeout_s=10, what="the abort")
     assert cluster_series(cluster, 'm3_request_success_total{finished_reason="abort"') == before + 1
     assert post(url, prompt=PROMPT, max_tokens=1)["choices"]
