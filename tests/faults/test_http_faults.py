@@ -30,11 +30,8 @@ def series(cluster: Cluster, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
 
 
-COUNTED = ("m3_engine_deaths_total", "m3_failovers_given_up_total")
-
-
 def test_a_lost_engine_is_an_error_in_the_stream_then_503_then_over(cluster: Cluster, url: str) -> None:
-    before = {name: series(cluster, name) for name in COUNTED}
+    deaths, given_up = series(cluster, "m3_engine_deaths_total"), series(cluster, "m3_failovers_given_up_total")
     body = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
     engine = serve.get_deployment_handle("Engine", "service")
     _replica, worker = engine.pids.remote().result(timeout_s=TIMEOUT_S)
@@ -61,4 +58,6 @@ def test_a_lost_engine_is_an_error_in_the_stream_then_503_then_over(cluster: Clu
     answer = httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 2}, timeout=TIMEOUT_S)
     assert answer.status_code == 200
     # Counted by the replica as it died; its replacement goes on from there.
-    assert {name: series(cluster, name) - before[name] for name in COUNTED} == dict.fromkeys(COUNTED, 1)
+    assert series(cluster, "m3_engine_deaths_total") == deaths + 1
+    # The stream, and perhaps the refused request: it may have met the replica as it died.
+    assert series(cluster, "m3_failovers_given_up_total") in (given_up + 1, given_up + 2)
