@@ -60,6 +60,19 @@ def test_http(cluster: Cluster, checkpoint: Path, tmp_path: Path, capsys: pytest
     assert 0 < document["ttft_s"]["median"] <= document["e2e_s"]["median"] <= document["wall_s"]
 
 
+def test_metrics(checkpoint: Path, tmp_path: Path) -> None:
+    """The cost is the sum of its parts, each of which was really measured."""
+    out = tmp_path / "bench.json"
+    sizes = ["--batches", "1,3", "--context-tokens", "20", "--steps", "40", "--num-threads", "1"]
+    assert cli.main(["bench", "metrics", "--model", str(checkpoint), *sizes, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["batch"], row["context_tokens"]) for row in rows] == [(1, 20), (3, 20)]
+    for row in rows:
+        parts_us = [row["counting us"], row["series us"], row["probe us"]]
+        assert min(parts_us[:2]) > 0 and row["series max us"] >= row["series us"]
+        assert row["cost %"] == pytest.approx(sum(parts_us) / row["step ms"] / 10)
+
+
 def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     assert cli.main(["bench", "http", "--url", url]) == 1
