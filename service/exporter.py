@@ -65,11 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=9400, help="port to listen on; 0: any free one")
     args = parser.parse_args(argv)
-    exporter = Exporter(args.dir, host=args.host, port=args.port)
-    print(f"metrics: http://{args.host}:{exporter.port}/metrics", flush=True)
     stop, drain = threading.Event(), threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     signal.signal(signal.SIGTERM, lambda *_: (stop if drain.is_set() else drain).set())
+    exporter = Exporter(args.dir, host=args.host, port=args.port)
+    print(f"metrics: http://{args.host}:{exporter.port}/metrics", flush=True)
     # A pod that drains may go on for minutes, and must not do so unseen.
     while not stop.wait(POLL_S) and not (drain.is_set() and not series_files.is_alive(args.dir)):
         pass

@@ -245,8 +245,9 @@ def test_neither_stream_nor_counters_notice_the_death_of_a_replica(
     assert len(after.find("m3_engine_start_time_seconds")) == 1
     assert grown((before, after), "m3_request_success_total", **counted) == 1
     tokens = grown((before, after), "m3_generation_tokens_total", **counted)
-    # What the dead replica had sampled and not sent is sampled again; what it had not yet counted is lost.
-    assert 280 <= tokens <= 320
+    # What the dead replica had sampled and not sent is sampled again; what it had not published, half a second's, is
+    # lost.
+    assert 200 <= tokens <= 320
     wait_until(
         lambda: Scrape(cluster.metrics_url).get("m3_num_requests_running", **counted) == 0,
         timeout_s=5,
