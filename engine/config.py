@@ -51,6 +51,11 @@ def merge_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
         if key not in KNOBS:
             flat[key] = value
     if isinstance(text := config.get("text_config"), Mapping):
+        if (key := "quantization_config") in flat:
+            # Released files have it outside; an override of a part of it means that one.
+            given = text.get(key)
+            text = {**text, key: config.get(key) if given is None else given}
+            config = {name: value for name, value in config.items() if name != key}
         return {**config, "text_config": _merge(text, flat)}
     return _merge(config, flat)
 
@@ -113,7 +118,7 @@ class EngineConfig:
     """Settings of one engine replica; `None` means: resolved at start-up, see EngineInfo. Raises ConfigError."""
 
     model: str = field(metadata={"help": "checkpoint directory: config.json, *.safetensors, tokenizer.json"})
-    backend: str = field(default="auto", metadata={"help": "kernels: triton (GPU), torch (CPU) or auto"})
+    backend: str = field(default="auto", metadata={"help": "kernels: triton (GPU), aiter (ROCm), torch (CPU) or auto"})
     dtype: str = field(default="auto", metadata={"help": "compute dtype: bfloat16, float32, or auto"})
     tensor_parallel_size: int = field(default=1, metadata={"help": "ranks of one replica"})
     max_model_len: int | None = field(
@@ -136,6 +141,10 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = field(default=True, metadata={"help": "reuse pages of equal prefixes"})
     load_format: str = field(default="auto", metadata={"help": "auto: read tensors; dummy: seeded random weights"})
+    weight_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "where each rank keeps its share of the weights for faster later starts, e.g. a local disk"},
+    )
     hf_overrides: dict[str, Any] = field(default_factory=dict, metadata={"help": "laid over config.json (JSON)"})
     use_index_cache: bool | None = field(default=None, metadata={"help": "share selections between layers"})
     index_topk_freq: int | None = field(default=None, metadata={"help": "one sparse layer in this many selects"})
@@ -161,13 +170,20 @@ class EngineConfig:
     async_scheduling: bool | None = field(
         default=None, metadata={"help": "plan a step before the last one's tokens are known; default: on a GPU"}
     )
+    self_test: bool = field(
+        default=True, metadata={"help": "GPU: serve only if a tiny fixed model gives the stored logits on it"}
+    )
+    numa_pinning: bool | None = field(
+        default=None,
+        metadata={"help": "GPU: run a rank on the CPUs near its device; default: where the system tells which"},
+    )
     seed: int = field(default=0, metadata={"help": "of dummy weights"})
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads per rank; default: cores / ranks"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must be the path of a checkpoint directory, got {self.model!r}")
-        _choice("backend", self.backend, ("auto", "torch", "triton"))
+        _choice("backend", self.backend, ("auto", "torch", "triton", "aiter"))
         _choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
         _choice("index_cache_dtype", self.index_cache_dtype, ("auto", "fp8"))
         _choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
@@ -184,11 +200,15 @@ class EngineConfig:
             isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1
         ):
             raise ConfigError(f"memory_fraction must be in (0, 1], got {fraction!r}")
-        for name in ("enable_prefix_caching", "enforce_eager"):
+        for name in ("enable_prefix_caching", "enforce_eager", "self_test"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
-            raise ConfigError(f"async_scheduling must be true, false or unset, got {self.async_scheduling!r}")
+        for name in ("async_scheduling", "numa_pinning"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true, false or unset, got {getattr(self, name)!r}")
+        cache_dir = self.weight_cache_dir
+        if cache_dir is not None and (not isinstance(cache_dir, str) or not cache_dir):
+            raise ConfigError(f"weight_cache_dir must be the path of a directory or unset, got {cache_dir!r}")
         if not isinstance(self.hf_overrides, dict):
             raise ConfigError(f"hf_overrides must be an object, got {self.hf_overrides!r}")
         resolve_knobs([("settings", self.index_settings)])
@@ -212,19 +232,25 @@ def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def resolve_model(config: EngineConfig) -> tuple[ModelConfig, IndexKnobs]:
+def resolve_model(config: EngineConfig, raw: Mapping[str, Any] | None = None) -> tuple[ModelConfig, IndexKnobs]:
     """Read and check config.json with the overrides on it. Reads no tensor and imports no torch.
+
+    raw: in place of the checkpoint's config.json.
 
     Raises CheckpointError or ConfigError; an illegal index schedule is found here, before any weight is read.
     """
-    raw = read_json(Path(config.model) / "config.json")
+    if raw is None:
+        raw = read_json(Path(config.model) / "config.json")
     # The knobs first: a misspelt one in the overrides should be blamed on them, not on config.json.
     knobs = index_knobs(raw, config.hf_overrides, config.index_settings)
     model = ModelConfig.from_hf(merge_overrides(raw, config.hf_overrides))
     knobs.build_plan(model.is_sparse)
-    if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} exceeds the checkpoint's "
-            f"max_position_embeddings={model.max_position_embeddings}"
-        )
+    if config.max_model_len is not None and config.max_model_len > model.max_positions:
+        limit = f"max_position_embeddings={model.max_position_embeddings}"
+        if (scaling := model.rope_scaling) is not None:
+            limit = (
+                f"limit of {model.max_positions} positions, {scaling.original_max_positions} times the factor "
+                f"{scaling.factor:g} of its {scaling.kind} RoPE"
+            )
+        raise ConfigError(f"max_model_len={config.max_model_len} exceeds the checkpoint's {limit}")
     return model, knobs

@@ -17,17 +17,12 @@ import torch
 from torch import Tensor
 
 from engine.batches import SlotTables
+from engine.capacity import decode_buckets
 from engine.kernels.api import DecodeKernels
 from engine.kernels.batch import Segment, StepBatch
 from engine.model.minimax_m3 import MiniMaxM3
 
 log = logging.getLogger(__name__)
-
-
-def decode_buckets(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then every multiple of 8, up to and including max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, max_num_seqs + 1, 8)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 from engine.errors import CheckpointError, ConfigError
 from engine.msa.plan import KNOBS
+from engine.quant_config import QuantConfig
+from engine.rope import PLACES, RopeScaling, lift, read_rotary_dim, read_scaling
 
 PAGE_SIZE = 128  # tokens per page; equal to the key block, so that block_table maps one to the other
 
@@ -36,10 +38,8 @@ _ALLOWED_VALUES: dict[str, Any] = {
     "attention_output_gate": False,
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_scaling": None,
     "sliding_window": None,
     "final_logit_softcapping": None,
-    "quantization_config": None,
 }
 _NUMBERS: dict[str, type] = {
     "vocab_size": int,
@@ -116,7 +116,9 @@ _TEXT_KEYS = frozenset(
         *_NUMBERS,
         *_IGNORED,
         *KNOBS,
+        *PLACES,
         "moe_layer_freq",
+        "quantization_config",
         "swiglu_beta",
         "sparse_attention_config",
         "rotary_dim",
@@ -193,12 +195,20 @@ class ModelConfig:
     torch_dtype: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    rope_scaling: RopeScaling | None = None
+    quantization: QuantConfig | None = None
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context that the model is made for, in tokens."""
+        return self.max_position_embeddings if self.rope_scaling is None else self.rope_scaling.max_positions
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read a released config.json: the vision-language wrapper with `text_config`, or the flat text config."""
         text = _text_config(config)
         _refuse_unknown(text, _TEXT_KEYS, "config.json")
+        text = lift(text)
         for key, wanted in (_REQUIRED_VALUES | _ALLOWED_VALUES).items():
             value = text.get(key)
             if value is None and key in _REQUIRED_VALUES:
@@ -206,15 +216,17 @@ class ModelConfig:
             if value is not None and not _is_exactly(value, wanted):
                 raise CheckpointError(f"config.json: {key}={value!r} is not supported, only {wanted!r}")
         values: dict[str, Any] = {key: _positive(text, key, kind) for key, kind in _NUMBERS.items()}
+        values["rope_scaling"] = read_scaling(text, values["max_position_embeddings"])
         values["swiglu_beta"] = _positive(text, "swiglu_beta", float) if text.get("swiglu_beta") is not None else 1.0
         num_layers = values["num_hidden_layers"]
-        values["rotary_dim"] = _rotary_dim(text, values["head_dim"])
+        values["rotary_dim"] = read_rotary_dim(text, values["head_dim"])
         values["is_moe"] = _layer_flags(text, "moe_layer_freq", num_layers)
         values |= _sparse_attention(text, num_layers)
         values["torch_dtype"] = _torch_dtype(text, config)
         values["eos_token_ids"] = _token_ids(text, "eos_token_id", values["vocab_size"])
         bos = _token_ids(text, "bos_token_id", values["vocab_size"])
         values["bos_token_id"] = bos[0] if bos else None
+        values["quantization"] = QuantConfig.from_hf(text.get("quantization_config"))
         model = cls(**values)
         model._check_heads()
         return model
@@ -252,9 +264,13 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise CheckpointError(f"config.json: text_config must be an object, got {type(text).__name__}")
     _refuse_unknown(config, _OUTER_KEYS, "config.json, outside text_config")
     merged = dict(text)
-    for key in ("tie_word_embeddings", "quantization_config", "bos_token_id", "eos_token_id"):
+    for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id"):
         if key not in merged and key in config:
             merged[key] = config[key]
+    inner, outer = text.get("quantization_config"), config.get("quantization_config")
+    if None not in (inner, outer) and inner != outer:
+        raise CheckpointError("config.json: quantization_config inside text_config differs from the one outside")
+    merged["quantization_config"] = outer if inner is None else inner
     return merged
 
 
@@ -296,24 +312,6 @@ def _positive(config: Mapping[str, Any], key: str, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < MAX_NUMBER:
         raise CheckpointError(f"config.json: {key} must be a positive {kind.__name__}, got {value!r}")
     return kind(value)
-
-
-def _rotary_dim(text: Mapping[str, Any], head_dim: int) -> int:
-    rotary_dim = text.get("rotary_dim")
-    factor = text.get("partial_rotary_factor")
-    if rotary_dim is None and factor is None:
-        raise CheckpointError("config.json misses rotary_dim (or partial_rotary_factor)")
-    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1):
-        raise CheckpointError(f"config.json: partial_rotary_factor must be in (0, 1], got {factor!r}")
-    from_factor = None if factor is None else round(head_dim * factor)
-    if rotary_dim is not None and from_factor is not None and rotary_dim != from_factor:
-        raise CheckpointError(
-            f"config.json: rotary_dim={rotary_dim} contradicts partial_rotary_factor={factor} of head_dim={head_dim}"
-        )
-    dim = rotary_dim if rotary_dim is not None else from_factor
-    if isinstance(dim, bool) or not isinstance(dim, int) or not 0 < dim <= head_dim or dim % 2:
-        raise CheckpointError(f"config.json: rotary_dim must be even and in (0, head_dim={head_dim}], got {dim!r}")
-    return dim
 
 
 def _layer_flags(config: Mapping[str, Any], key: str, num_layers: int) -> tuple[bool, ...]:

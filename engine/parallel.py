@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.capacity import local_heads, split_error
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.probes import LayerProbe
@@ -28,21 +29,8 @@ class TensorParallel:
 
     def check(self, model: ModelConfig) -> None:
         """ConfigError when the model cannot be split evenly over the group."""
-        for name, count in (
-            ("num_attention_heads", model.num_attention_heads),
-            ("intermediate_size", model.intermediate_size),
-            ("dense_intermediate_size", model.dense_intermediate_size),
-            ("shared_intermediate_size", model.shared_intermediate_size),
-            ("vocab_size", model.vocab_size),
-        ):
-            if count % self.size:
-                raise ConfigError(f"tensor_parallel_size={self.size} does not divide {name}={count}")
-        for name, count in (
-            ("num_key_value_heads", model.num_key_value_heads),
-            ("sparse_num_index_heads", model.num_index_heads),
-        ):
-            if count % self.size and self.size % count:
-                raise ConfigError(f"tensor_parallel_size={self.size} and {name}={count}: one must divide the other")
+        if error := split_error(model, self.size):
+            raise ConfigError(error)
 
     def part(self, total: int) -> slice:
         """This rank's share of `total` rows or columns, which the group splits evenly."""
@@ -58,7 +46,7 @@ class TensorParallel:
 
     def num_heads(self, num_heads: int) -> int:
         """How many of `num_heads` this rank holds."""
-        return max(1, num_heads // self.size)
+        return local_heads(num_heads, self.size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""

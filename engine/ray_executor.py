@@ -60,7 +60,7 @@ def ensure_ray(num_cpus: int) -> Callable[[], None] | None:
 
 def rank_resources(backend: str, cluster: dict[str, float]) -> dict[str, float]:
     """What Ray reserves for one rank: a GPU too, unless the backend is torch's or the cluster has none."""
-    on_gpu = backend == "triton" or (backend == "auto" and cluster.get("GPU", 0) > 0)
+    on_gpu = backend in ("triton", "aiter") or (backend == "auto" and cluster.get("GPU", 0) > 0)
     return {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": 1.0}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,15 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import devices, self_test
 from engine.batches import Resident, SlotTables
+from engine.capacity import Footprint, stored_formats, useful_pages
 from engine.config import PAGE_SIZE, EngineConfig, ModelConfig, read_json, resolve_model
 from engine.errors import CheckpointError, ConfigError
 from engine.graphs import DecodeGraphs
-from engine.kernels.api import resolve
+from engine.kernels.api import KernelSet, resolve
 from engine.kernels.batch import StepBatch
 from engine.kernels.torch_pages import FP8_DTYPES
+from engine.memory import free_bytes, pool_bytes
+from engine.model.loading import load_model
 from engine.model.minimax_m3 import MiniMaxM3
-from engine.model.weights import CheckpointWeights, DummyWeights, WeightSource
+from engine.model.weights import DummyWeights, WeightSource
 from engine.msa.audit import PendingOverlap
 from engine.parallel import TensorParallel
 from engine.probes import LayerProbe, Mark, hold, mark
@@ -29,13 +35,11 @@ from engine.transfer import to_device, to_host
 from engine.types import NOT_FINITE, NOT_SAMPLED, EngineInfo, RankTimes, StepPlan, StepResult, StepRow
 from engine.warm_up import warm_up
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float32}
 # Logits of prompt tokens are made for so many rows at a time: vocab_size floats each.
 _PROMPT_LOGIT_ROWS = 256
-# Share of the memory that is free once the weights are loaded, for pages. The rest is for activations and graphs, and
-# on CPU for the other processes of the machine.
-CPU_MEMORY_FRACTION = 0.5
-GPU_MEMORY_FRACTION = 0.85
 # A probed step holds the device until its launches are queued, at most this long.
 MAX_HOLD_S = 0.1
 
@@ -84,7 +88,7 @@ class ModelRunner:
         self.config = config
         self.parallel = TensorParallel(rank, world_size)
         self.model_config, self._knobs = resolve_model(config)
-        self.max_model_len = config.max_model_len or self.model_config.max_position_embeddings
+        self.max_model_len = config.max_model_len or self.model_config.max_positions
         self._residents: list[Resident | None] = [None] * config.max_num_seqs
         self._launched: deque[_Launched] = deque()
         self._graphs: DecodeGraphs | None = None
@@ -96,6 +100,8 @@ class ModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         path = Path(config.model)
+        if config.backend != "torch":
+            devices.check_visibility(os.environ, is_hip=torch.version.hip is not None)
         kernels = resolve(config.backend)
         self.device = kernels.device
         if self.parallel.size > 1 and self.device.type != "cpu":
@@ -105,19 +111,25 @@ class ModelRunner:
             )
         if kernels.power_of_two_dims:
             _check_dims(self.model_config)
-        weights: WeightSource = (
-            DummyWeights(config.seed, self.device)
-            if config.load_format == "dummy"
-            else CheckpointWeights(path, self.device)
-        )
-        with torch.inference_mode():
-            self.model = MiniMaxM3(
+        dtype, quantization = self._dtype(), self.model_config.quantization
+        if quantization is not None and (converted := quantization.formats - kernels.mx_formats):
+            log.info(
+                "backend %s multiplies no %s weights: they become %s as they are loaded",
+                kernels.name, " and ".join(sorted(converted)), dtype,
+            )  # fmt: skip
+
+        if self.device.type == "cuda":
+            formats = frozenset[str]() if quantization is None else quantization.formats
+            self_test.examine(config, kernels, dtype, formats, rank=self.parallel.rank)
+
+        def build(weights: WeightSource, kernels: KernelSet) -> MiniMaxM3:
+            return MiniMaxM3(
                 self.model_config,
                 self._knobs,
                 weights,
                 kernels,
                 self.parallel,
-                dtype=self._dtype(),
+                dtype=dtype,
                 max_model_len=self.max_model_len,
                 max_num_tokens=config.max_num_batched_tokens,
                 max_num_rows=config.max_num_seqs,
@@ -125,21 +137,33 @@ class ModelRunner:
                 kv_dtype=kernels.fp8_dtype if config.kv_cache_dtype == "fp8" else None,
                 index_dtype=kernels.fp8_dtype if config.index_cache_dtype == "fp8" else None,
             )
+
+        with torch.inference_mode():
+            if config.load_format == "dummy":
+                self.model = build(DummyWeights(config.seed, self.device, quantization), kernels)
+            else:
+                cache_dir = None if config.weight_cache_dir is None else Path(config.weight_cache_dir)
+                self.model = load_model(
+                    path, quantization, kernels, dtype, self.parallel, build, free_bytes=free_bytes(self.device),
+                    cache_dir=cache_dir,
+                )  # fmt: skip
         self._eos_token_ids = self._read_eos(path)
         self._sampler = SamplerState(config.max_num_seqs, self.model_config.vocab_size, self.device)
         max_pages = -(-self.max_model_len // PAGE_SIZE)
         self._tables = SlotTables(config.max_num_seqs, max_pages, self.device)
-        # More pages than all sequences can fill are of no use but to the prefix cache: leave it as much again.
-        useful = 2 * config.max_num_seqs * max_pages
-        return RankProposal(min(useful, self._budget_bytes() // self.model.page_bytes()))
+        useful = useful_pages(config.max_num_seqs, self.max_model_len)
+        budget = pool_bytes(self.device, self._footprint(), config.memory_fraction)
+        return RankProposal(min(useful, budget // self.model.page_bytes()))
 
-    def _budget_bytes(self) -> int:
-        """What the pages of this rank may take."""
-        fraction = self.config.memory_fraction
-        if self.device.type == "cpu":
-            return int(_available_bytes() * (fraction or CPU_MEMORY_FRACTION)) // self.parallel.size
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        return int(free_bytes * (fraction or GPU_MEMORY_FRACTION))
+    def _footprint(self) -> Footprint:
+        config, model = self.config, self.model
+        return Footprint(
+            self.model_config, str(model.plan), self.parallel.size, self.max_model_len, config.max_num_seqs,
+            config.max_num_batched_tokens, element=model.dtype.itemsize, kv_element=model.kv_dtype.itemsize,
+            index_element=model.index_dtype.itemsize, audited=config.index_reuse == "audited",
+            format_of=stored_formats(self.model_config),
+            captured=model.kernels.decode is not None and not config.enforce_eager,
+        )  # fmt: skip
 
     def _dtype(self) -> torch.dtype:
         if self.config.dtype != "auto":
@@ -199,6 +223,7 @@ class ModelRunner:
             tensor_parallel_size=self.parallel.size,
             ledger=self.model.ledger,
             max_in_flight=2 if is_async else 1,
+            kernels=dict(self.model.kernels.report),
         )
 
     @torch.inference_mode()
@@ -389,11 +414,3 @@ def _check_dims(model: ModelConfig) -> None:
             raise ConfigError(
                 f"{name}={value}: backend=triton needs a power of two from {least} on; backend=torch takes any"
             )
-
-
-def _available_bytes() -> int:
-    """Memory that can be taken without swapping, as the kernel estimates it."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo has no MemAvailable: set num_pages")

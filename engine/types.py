@@ -342,6 +342,7 @@ class EngineInfo:
     eos_token_ids: from generation_config.json / config.json.
     namespace: what cached pages are valid for; part of every prefix hash.
     max_in_flight: steps that may be submitted before the first of them is collected.
+    kernels: what computes each operation, where the backend has a choice.
     """
 
     model_name: str
@@ -359,3 +360,4 @@ class EngineInfo:
     tensor_parallel_size: int
     ledger: dict[str, int]
     max_in_flight: int = 1
+    kernels: dict[str, str] = field(default_factory=dict)

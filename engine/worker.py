@@ -5,8 +5,8 @@ Ray carries start-up and liveness only. Steps arrive on a socket in the long-liv
 
 from __future__ import annotations
 
+import logging
 import os
-import platform
 import socket
 import time
 from collections import deque
@@ -22,11 +22,15 @@ import torch.distributed as dist
 import zmq
 from torch._C._distributed_c10d import TCPStore
 
+from engine import devices
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.rank_actor import WorkerAddress
 from engine.runner import ModelRunner
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, pack
 from engine.types import EngineInfo, StepPlan
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 # A collective may wait this long at least: ranks of a loaded machine do not start it together.
@@ -73,17 +77,36 @@ class Worker:
 
     def load(self, store_port: int | None, step_timeout_s: float) -> int:
         """Join the group and load this rank's share of the weights; how many pages its memory allows."""
+        self._take_gpu()
         if self._world_size > 1:
             self._join(store_port, timedelta(seconds=max(step_timeout_s, MIN_COLLECTIVE_TIMEOUT_S)))
         self._runner = ModelRunner(self._config, rank=self._rank, world_size=self._world_size)
         return self._runner.load().num_pages
 
+    def _take_gpu(self) -> None:
+        """Compute on the GPU that Ray assigned to this process, where it did, from the CPUs near it."""
+        assigned = [str(each) for each in ray.get_gpu_ids()]
+        if not assigned:
+            return
+        is_hip = torch.version.hip is not None
+        devices.check_visibility(os.environ, is_hip=is_hip)
+        if not torch.cuda.is_available():
+            return  # whoever resolves the kernels says so
+        if len(assigned) > 1:
+            raise ConfigError(f"rank {self._rank} computes on one GPU, and Ray assigned it {', '.join(assigned)}")
+        torch.cuda.set_device(devices.local_index(assigned[0], os.environ, is_hip=is_hip))
+        allowed = frozenset(os.sched_getaffinity(0))
+        cpus = devices.cpus_to_pin(self._config.numa_pinning, devices.current().pci, allowed)
+        if cpus:
+            devices.pin(cpus)
+        log.info("rank %d runs on %d of %d CPUs", self._rank, len(cpus or allowed), len(allowed))
+
     def _join(self, store_port: int | None, timeout: timedelta) -> None:
         if self._store is None:
             assert store_port is not None, "rank 0 must listen first"
             self._store = TCPStore(LOOPBACK, store_port, self._world_size, is_master=False, timeout=timeout)
-        # gloo would otherwise listen on whatever address the host name resolves to.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
+        for name, value in devices.collective_environment().items():
+            os.environ.setdefault(name, value)
         dist.init_process_group(
             "gloo",
             store=self._store,

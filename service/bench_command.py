@@ -1,4 +1,4 @@
-"""`m3serve bench`: speed of single kernels, of the engine alone, or of an HTTP endpoint."""
+"""`m3serve bench`: speed of single kernels, of loading, of the engine alone, or of an HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.bench import http, offline
-from service.bench.arguments import add_kernels, add_metrics, add_slice, count, counts
+from service.bench.arguments import add_kernels, add_load, add_metrics, add_slice, count, counts
 from service.serve_command import demo_checkpoint
 
 _EPILOG = """\
@@ -68,6 +68,9 @@ def add_parser(subparsers: Any) -> None:
     cost = kinds.add_parser("metrics", help="what the metrics cost per decode step", allow_abbrev=False)
     add_metrics(cost)
     cost.set_defaults(run=_metrics)
+    load = kinds.add_parser("load", help="how fast a rank reads a checkpoint", allow_abbrev=False)
+    add_load(load)
+    load.set_defaults(run=_load)
     for kind in (alone, remote):
         kind.add_argument("--out", metavar="FILE", help="write the JSON here instead of stdout")
 
@@ -114,6 +117,11 @@ def _kernels(args: argparse.Namespace) -> int:
 
 def _metrics(args: argparse.Namespace) -> int:
     status: int = importlib.import_module("service.bench.instrumentation").from_args(args)
+    return status
+
+
+def _load(args: argparse.Namespace) -> int:
+    status: int = importlib.import_module("service.bench.load").from_args(args)
     return status
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,10 +21,12 @@ _ENGINE_FIELDS = frozenset(field.name for field in dataclasses.fields(EngineConf
 _INDEX_FIELDS = frozenset({"use_index_cache", "audit_interval", "probe_interval"})
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag per setting. A flag that is not given leaves the choice to M3SERVE_* variables and defaults."""
-    groups = {title: parser.add_argument_group(title) for title in ("model and engine", "index cache", "service")}
-    for name, field in ServiceSettings.model_fields.items():
+def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """One flag per setting, or only for those named. A flag that is not given leaves the choice to M3SERVE_* variables
+    and defaults."""
+    fields = {name: field for name, field in ServiceSettings.model_fields.items() if only is None or name in only}
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(map(_group, fields))}
+    for name, field in fields.items():
         flag = "--" + name.replace("_", "-")
         options: dict[str, Any] = {
             "dest": name,

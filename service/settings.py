@@ -48,6 +48,7 @@ class ServiceSettings(BaseSettings):
     index_cache_dtype: str = _engine("index_cache_dtype")
     enable_prefix_caching: bool = _engine("enable_prefix_caching")
     load_format: str = _engine("load_format")
+    weight_cache_dir: str | None = _engine("weight_cache_dir")
     hf_overrides: dict[str, Any] = _engine("hf_overrides")
     use_index_cache: bool | None = _engine("use_index_cache")
     index_topk_freq: int | None = _engine("index_topk_freq")
@@ -59,6 +60,8 @@ class ServiceSettings(BaseSettings):
     probe_interval: int | None = _engine("probe_interval")
     enforce_eager: bool = _engine("enforce_eager")
     async_scheduling: bool | None = _engine("async_scheduling")
+    self_test: bool = _engine("self_test")
+    numa_pinning: bool | None = _engine("numa_pinning")
     seed: int = _engine("seed")
     num_threads: int | None = _engine("num_threads")
 

@@ -7,8 +7,8 @@ handed where a buffer must keep its address, and return new tensors otherwise.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kernels import torch_attention, torch_index, torch_linear, torch_norm
-from engine.kernels.params import KVPages, QKVLayout, RouteParams, Selection, SelectParams, SwigluParams
+from engine.kernels.params import KVPages, QKVLayout, RouteParams, Selection, SelectParams, SwigluParams, Weight
 
 __all__ = [
     "DecodeKernels",
@@ -39,22 +39,34 @@ class DecodeKernels:
     sample: Callable[..., None]
 
 
+def _same_gains(gains: tuple[Tensor, ...], layout: QKVLayout) -> tuple[Tensor, ...]:
+    return gains
+
+
+def _never_shuffles(layout: QKVLayout, dtype: torch.dtype, pages: KVPages) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSet:
     """What a backend computes. The docstrings of the torch functions, the oracle, have shapes and rules.
 
     device: where all tensors live.  fp8_dtype: of fp8 pages.  group_tokens: how many neighbouring prefill tokens
     attend together through Selection.unions; 0 where the backend has no use for them.  decode: None where steps
-    cannot be captured.  power_of_two_dims: heads of other sizes are not supported.
+    cannot be captured.  power_of_two_dims: heads of other sizes are not supported.  mx_formats: block-scaled formats
+    that are multiplied as they are stored; the model converts weights of others to its compute dtype before packing.
+    pack_gains: from gains as the torch qk_norm_rope_insert takes them to what this one takes.  shuffles: whether a
+    sparse layer's pages, by its layout, the dtype of activations and its pools, are to be `KVPages.shuffled`.
+    report: what computes each operation, where a backend has a choice.
     """
 
     name: str
     device: torch.device
     fp8_dtype: torch.dtype
     group_tokens: Callable[[int], int]
-    pack_linear: Callable[[Tensor], Any]
+    pack_linear: Callable[[Weight], Any]
     linear: Callable[[Tensor, Any], Tensor]
-    pack_experts: Callable[[Tensor, Tensor], Any]
+    pack_experts: Callable[[Weight, Weight], Any]
     experts: Callable[[Tensor, Any, Tensor, Tensor, SwigluParams], Tensor]
     swiglu: Callable[[Tensor, SwigluParams], Tensor]
     route: Callable[[Tensor, Any, Tensor, RouteParams], tuple[Tensor, Tensor]]
@@ -66,12 +78,18 @@ class KernelSet:
     attend_sparse: Callable[..., None]
     decode: DecodeKernels | None = None
     power_of_two_dims: bool = False
+    mx_formats: frozenset[str] = frozenset()
+    pack_gains: Callable[[tuple[Tensor, ...], QKVLayout], Any] = _same_gains
+    shuffles: Callable[[QKVLayout, torch.dtype, KVPages], bool] = _never_shuffles
+    report: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve(backend: str) -> KernelSet:
     """The KernelSet of `backend`; "auto" takes the best one this machine can run. Raises ConfigError."""
     if backend == "auto":
         backend = "triton" if torch.cuda.is_available() else "torch"
+        if backend == "triton" and torch.version.hip and importlib.import_module("engine.kernels.aiter").is_usable():
+            backend = "aiter"
     if backend == "torch":
         return KernelSet(
             name="torch",
@@ -91,8 +109,9 @@ def resolve(backend: str) -> KernelSet:
             attend_dense=torch_attention.attend_dense,
             attend_sparse=torch_attention.attend_sparse,
         )
-    if backend == "triton":
+    if backend in ("triton", "aiter"):
         # By name: importing Triton takes a second that machines without a GPU need not spend.
-        kernels: KernelSet = importlib.import_module("engine.kernels.triton_set").resolve()
+        module = {"triton": "engine.kernels.triton_set", "aiter": "engine.kernels.aiter"}[backend]
+        kernels: KernelSet = importlib.import_module(module).resolve()
         return kernels
-    raise ConfigError(f"backend must be auto, torch or triton, got {backend!r}")
+    raise ConfigError(f"backend must be auto, torch, triton or aiter, got {backend!r}")

@@ -64,6 +64,11 @@ class Target:
         return self.arch == INTERPRET
 
     @property
+    def warp(self) -> int:
+        """Threads that run in step."""
+        return 64 if self.is_hip else 32
+
+    @property
     def shared_bytes(self) -> int:
         return SHARED_BYTES[self.arch]
 

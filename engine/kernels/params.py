@@ -59,6 +59,7 @@ class KVPages:
     index_k: [num_pages, 128, index_dim], likewise, or None where the layer owns no indexer.
     k_scale, v_scale: float32 [num_pages, num_kv_heads, 128], what a stored fp8 vector is multiplied by; None unless
     k and v are fp8.  index_k_scale: float32 [num_pages, 128], likewise.
+    shuffled: inside each page, k and v are in the order that the backend's own kernels want; see KernelSet.shuffles.
     """
 
     k: Tensor
@@ -67,6 +68,7 @@ class KVPages:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     index_k_scale: Tensor | None = None
+    shuffled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.kernels.params import RouteParams, SwigluParams
+from engine.kernels.params import MXWeight, RouteParams, SwigluParams, Weight
+from engine.kernels.torch_mx import dequantise
 
 # A hint for the packed layout only; any batch size may be multiplied.
 _PACK_ROWS = 16
@@ -18,8 +19,13 @@ _PACK_ROWS = 16
 _ROW_STEP = 32
 
 
-def pack_linear(weight: Tensor) -> Tensor:
-    """Prepare a weight for `linear`. weight: [out, in] of float32 or bfloat16; the result is opaque."""
+def pack_linear(weight: Weight) -> Tensor:
+    """Prepare a weight for `linear`. weight: [out, in] of float32 or bfloat16; the result is opaque.
+
+    A block-scaled weight becomes bfloat16; who computes in float32 converts it before.
+    """
+    if isinstance(weight, MXWeight):
+        weight = dequantise(weight, torch.bfloat16)
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)  # type: ignore[no-any-return]
     return weight.contiguous()
@@ -66,9 +72,11 @@ def route(x: Tensor, gate: Tensor, bias: Tensor, params: RouteParams) -> tuple[T
 PackedExperts = tuple[list[Tensor], list[Tensor]]
 
 
-def pack_experts(w13: Tensor, w2: Tensor) -> PackedExperts:
+def pack_experts(w13: Weight, w2: Weight) -> PackedExperts:
     """Prepare expert weights for `experts`. w13: [num_experts, 2 * width, hidden]; w2: [num_experts, hidden, width]."""
-    return [pack_linear(w) for w in w13.unbind()], [pack_linear(w) for w in w2.unbind()]
+    plain = [dequantise(w, torch.bfloat16) if isinstance(w, MXWeight) else w for w in (w13, w2)]
+    first, second = ([pack_linear(matrix) for matrix in w.unbind()] for w in plain)
+    return first, second
 
 
 def experts(x: Tensor, packed: PackedExperts, weights: Tensor, ids: Tensor, act: SwigluParams) -> Tensor:

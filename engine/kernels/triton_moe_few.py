@@ -11,12 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import configs
+from engine.kernels import configs, configs_mx
 from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import SwigluParams
 from engine.kernels.triton_common import swiglu_oai
-from engine.kernels.triton_linear import one_token_config, row_products, weight_dot
-from engine.kernels.triton_moe_shared import PackedExperts, inner_sum, sum_ranks
+from engine.kernels.triton_linear import (
+    from_row,
+    inner_dot,
+    inner_products,
+    no_products,
+    one_token_config,
+    row_products,
+    sum_products,
+    weight_dot,
+)
+from engine.kernels.triton_moe_shared import PackedExperts, sum_ranks
+from engine.kernels.triton_mx import Packed, PackedMX, tensors
 
 # --- One token ---
 
@@ -25,6 +35,7 @@ from engine.kernels.triton_moe_shared import PackedExperts, inner_sum, sum_ranks
 def _one_gate_up_kernel(
     x,
     w13,
+    scales,
     ids,
     hidden,
     WIDTH,
@@ -36,6 +47,8 @@ def _one_gate_up_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     """Program (tile of BLOCK_N columns, rank). hidden: [ranks, WIDTH]."""
     start, rank = tl.program_id(0) * BLOCK_N, tl.program_id(1)
@@ -43,9 +56,10 @@ def _one_gate_up_kernel(
     row = tl.arange(0, 2 * BLOCK_N)
     # Gate and up rows in turn: each pair of neighbours makes one element.
     rows = (row % 2) * WIDTH + tl.minimum(start + row // 2, WIDTH - 1)
-    acc = tl.zeros([2 * BLOCK_N, BLOCK_K], tl.float32)
-    acc = row_products(w13 + expert * 2 * WIDTH * K, rows, x, 1.0, acc, K, BLOCK_K, EVEN_K, UPCAST)
-    gate, up = tl.split(tl.reshape(tl.sum(acc, 1), [BLOCK_N, 2]))
+    w13, scales = from_row(w13, scales, expert * 2 * WIDTH, K, FORMAT)
+    acc = no_products(2 * BLOCK_N, BLOCK_K, FORMAT)
+    acc = row_products(w13, scales, rows, x, 1.0, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE)
+    gate, up = tl.split(tl.reshape(sum_products(acc, FORMAT, DECODE), [BLOCK_N, 2]))
     columns = start + tl.arange(0, BLOCK_N)
     values = swiglu_oai(gate, up, alpha, limit, beta).to(hidden.dtype.element_ty)
     tl.store(hidden + rank * WIDTH + columns, values, mask=columns < WIDTH)
@@ -55,6 +69,7 @@ def _one_gate_up_kernel(
 def _one_down_kernel(
     hidden,
     w2,
+    scales,
     ids,
     weights,
     out,
@@ -65,18 +80,22 @@ def _one_down_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     """Program (tile of BLOCK_N output columns): sums over all ranks."""
     start = tl.program_id(0) * BLOCK_N
     index = tl.arange(0, BLOCK_N)
     rows = tl.minimum(index, N - 1 - start)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc = no_products(BLOCK_N, BLOCK_K, FORMAT)
     for rank in tl.static_range(RANKS):
         expert = tl.load(ids + rank).to(tl.int64)
         weight = tl.load(weights + rank)
-        base = w2 + (expert * N + start) * K
-        acc = row_products(base, rows, hidden + rank * K, weight, acc, K, BLOCK_K, EVEN_K, UPCAST)
-    tl.store(out + start + index, tl.sum(acc, 1).to(out.dtype.element_ty), mask=start + index < N)
+        base, base_scales = from_row(w2, scales, expert * N + start, K, FORMAT)
+        acc = row_products(
+            base, base_scales, rows, hidden + rank * K, weight, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE
+        )
+    tl.store(out + start + index, sum_products(acc, FORMAT, DECODE).to(out.dtype.element_ty), mask=start + index < N)
 
 
 # --- Few tokens ---
@@ -126,6 +145,7 @@ def _squeeze(chosen, pair, NARROW: tl.constexpr, BLOCK_T: tl.constexpr):
 def _gate_up_columns(
     x,
     weight,
+    scales,
     hidden,
     start,
     valid,
@@ -139,8 +159,11 @@ def _gate_up_columns(
     BLOCK_N: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     """SwiGLU of one expert for BLOCK_N // 2 columns of `hidden` and the tokens of COLUMNS pairs."""
     half: tl.constexpr = BLOCK_N // 2
@@ -148,7 +171,9 @@ def _gate_up_columns(
     # Eight gate rows, then their eight up rows: the matrix units keep rows r and r + 8 in one thread.
     rows = (row // 8 % 2) * WIDTH + tl.minimum(start + row // 16 * 8 + row % 8, WIDTH - 1)
     acc = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
-    acc = weight_dot(weight, rows, x, pair // RANKS, valid, acc, K, BLOCK_K, EVEN_K, UPCAST)
+    acc = weight_dot(
+        weight, scales, rows, x, pair // RANKS, valid, acc, K, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE
+    )
     split = tl.permute(tl.reshape(acc, [BLOCK_N // 16, 2, 8, COLUMNS]), [0, 2, 3, 1])
     gate, up = tl.split(split)
     values = swiglu_oai(tl.reshape(gate, [half, COLUMNS]), tl.reshape(up, [half, COLUMNS]), alpha, limit, beta)
@@ -161,6 +186,7 @@ def _gate_up_columns(
 def _few_gate_up_kernel(
     x,
     w13,
+    scales,
     ids,
     hidden,
     num_tokens,
@@ -177,8 +203,11 @@ def _few_gate_up_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     """Program (tile of BLOCK_N // 2 columns, slot). hidden: [pairs, WIDTH]."""
     start = tl.program_id(0) * (BLOCK_N // 2)
@@ -186,23 +215,23 @@ def _few_gate_up_kernel(
         ids, tl.program_id(1), num_tokens, num_experts, RANKS, BLOCK_R, BLOCK_T, BY_EXPERT
     )
     if serves:
-        weight = w13 + expert.to(tl.int64) * 2 * WIDTH * K
+        weight, expert_scales = from_row(w13, scales, expert.to(tl.int64) * 2 * WIDTH, K, FORMAT)
         if NARROW < BLOCK_T:
             if tl.sum(chosen.to(tl.int32), 0) <= NARROW:
                 valid, few = _squeeze(chosen, pair, NARROW, BLOCK_T)
                 _gate_up_columns(
-                    x, weight, hidden, start, valid, few, WIDTH, alpha, limit, beta,
-                    RANKS, K, BLOCK_N, NARROW, BLOCK_K, EVEN_K, UPCAST,
+                    x, weight, expert_scales, hidden, start, valid, few, WIDTH, alpha, limit, beta,
+                    RANKS, K, BLOCK_N, NARROW, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE,
                 )  # fmt: skip
             else:
                 _gate_up_columns(
-                    x, weight, hidden, start, chosen, pair, WIDTH, alpha, limit, beta,
-                    RANKS, K, BLOCK_N, BLOCK_T, BLOCK_K, EVEN_K, UPCAST,
+                    x, weight, expert_scales, hidden, start, chosen, pair, WIDTH, alpha, limit, beta,
+                    RANKS, K, BLOCK_N, BLOCK_T, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE,
                 )  # fmt: skip
         else:
             _gate_up_columns(
-                x, weight, hidden, start, chosen, pair, WIDTH, alpha, limit, beta,
-                RANKS, K, BLOCK_N, BLOCK_T, BLOCK_K, EVEN_K, UPCAST,
+                x, weight, expert_scales, hidden, start, chosen, pair, WIDTH, alpha, limit, beta,
+                RANKS, K, BLOCK_N, BLOCK_T, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE,
             )  # fmt: skip
 
 
@@ -210,6 +239,7 @@ def _few_gate_up_kernel(
 def _down_columns(
     hidden,
     weight,
+    scales,
     partial,
     start,
     valid,
@@ -219,13 +249,16 @@ def _down_columns(
     BLOCK_N: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     index = tl.arange(0, BLOCK_N)
     rows = tl.minimum(index, N - 1 - start)
     acc = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
-    acc = weight_dot(weight, rows, hidden, pair, valid, acc, K, BLOCK_K, EVEN_K, UPCAST)
+    acc = weight_dot(weight, scales, rows, hidden, pair, valid, acc, K, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE)
     inside = valid[None, :] & (start + index < N)[:, None]
     out = partial + start + pair[None, :] * N + index[:, None]
     tl.store(out, acc.to(partial.dtype.element_ty), mask=inside)
@@ -235,6 +268,7 @@ def _down_columns(
 def _few_down_kernel(
     hidden,
     w2,
+    scales,
     ids,
     partial,
     num_tokens,
@@ -248,8 +282,11 @@ def _few_down_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DECODE: tl.constexpr,
 ):
     """Program (tile of BLOCK_N output columns, slot). partial: [pairs, N], not yet weighted."""
     start = tl.program_id(0) * BLOCK_N
@@ -257,19 +294,24 @@ def _few_down_kernel(
         ids, tl.program_id(1), num_tokens, num_experts, RANKS, BLOCK_R, BLOCK_T, BY_EXPERT
     )
     if serves:
-        weight = w2 + (expert.to(tl.int64) * N + start) * K
+        weight, expert_scales = from_row(w2, scales, expert.to(tl.int64) * N + start, K, FORMAT)
         if NARROW < BLOCK_T:
             if tl.sum(chosen.to(tl.int32), 0) <= NARROW:
                 valid, few = _squeeze(chosen, pair, NARROW, BLOCK_T)
                 _down_columns(
-                    hidden, weight, partial, start, valid, few, N, K, BLOCK_N, NARROW, BLOCK_K, EVEN_K, UPCAST
-                )
+                    hidden, weight, expert_scales, partial, start, valid, few, N,
+                    K, BLOCK_N, NARROW, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE,
+                )  # fmt: skip
             else:
                 _down_columns(
-                    hidden, weight, partial, start, chosen, pair, N, K, BLOCK_N, BLOCK_T, BLOCK_K, EVEN_K, UPCAST
-                )
+                    hidden, weight, expert_scales, partial, start, chosen, pair, N,
+                    K, BLOCK_N, BLOCK_T, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE,
+                )  # fmt: skip
         else:
-            _down_columns(hidden, weight, partial, start, chosen, pair, N, K, BLOCK_N, BLOCK_T, BLOCK_K, EVEN_K, UPCAST)
+            _down_columns(
+                hidden, weight, expert_scales, partial, start, chosen, pair, N,
+                K, BLOCK_N, BLOCK_T, BLOCK_K, SPLIT, EVEN_K, UPCAST, FORMAT, DECODE,
+            )  # fmt: skip
 
 
 def one_token(
@@ -278,22 +320,21 @@ def one_token(
     (w13, w2), ranks = packed, ids.shape[1]
     size, width = w2.shape[1:]
     hidden = x.new_empty(ranks, width)
-    config = configs.MOE_ONE_GATE_UP[target.arch]
-    inner = inner_sum(target, size, config)
+    gate_up, down = _one_configs(target, w2)
+    inner = inner_products(target, w13, gate_up)
     target.launch(
         _one_gate_up_kernel,
-        (triton.cdiv(width, config["BLOCK_N"]), ranks),
-        *(x, w13, ids, hidden, width, act.alpha, act.limit, act.beta),
-        config=one_token_config(target, config, inner["BLOCK_K"]),
+        (triton.cdiv(width, gate_up["BLOCK_N"]), ranks),
+        *(x, *tensors(w13), ids, hidden, width, act.alpha, act.limit, act.beta),
+        config=one_token_config(target, gate_up, w13, inner["BLOCK_K"]),
         **inner,
     )
-    config = configs.MOE_ONE_DOWN[target.arch]
-    inner = inner_sum(target, width, config)
+    inner = inner_products(target, w2, down)
     target.launch(
         _one_down_kernel,
-        (triton.cdiv(size, config["BLOCK_N"]),),
-        *(hidden, w2, ids, weights, out, size),
-        config=one_token_config(target, config, inner["BLOCK_K"]),
+        (triton.cdiv(size, down["BLOCK_N"]),),
+        *(hidden, *tensors(w2), ids, weights, out, size),
+        config=one_token_config(target, down, w2, inner["BLOCK_K"]),
         RANKS=ranks,
         **inner,
     )
@@ -306,7 +347,7 @@ def few_tokens(
     num_experts, size, width = w2.shape
     hidden, partial = x.new_empty(num_tokens * ranks, width), x.new_empty(num_tokens * ranks, size)
     block_t = max(16, triton.next_power_of_2(num_tokens))
-    gate_up, down = _few_configs(target, x.dtype, num_tokens)
+    gate_up, down = _few_configs(target, w2, x.dtype, num_tokens)
     slots = min(num_tokens * ranks, num_experts)
     tiles = {
         "RANKS": ranks,
@@ -317,23 +358,36 @@ def few_tokens(
     target.launch(
         _few_gate_up_kernel,
         (triton.cdiv(width, gate_up["BLOCK_N"] // 2), slots),
-        *(x, w13, ids, hidden, num_tokens, num_experts, width, act.alpha, act.limit, act.beta),
+        *(x, *tensors(w13), ids, hidden, num_tokens, num_experts, width, act.alpha, act.limit, act.beta),
         config=gate_up,
         **tiles,
-        **inner_sum(target, size, gate_up),
+        **inner_dot(target, w13, gate_up),
     )
     target.launch(
         _few_down_kernel,
         (triton.cdiv(size, down["BLOCK_N"]), slots),
-        *(hidden, w2, ids, partial, num_tokens, num_experts, size),
+        *(hidden, *tensors(w2), ids, partial, num_tokens, num_experts, size),
         config=down,
         **tiles,
-        **inner_sum(target, width, down),
+        **inner_dot(target, w2, down),
     )
     sum_ranks(target, partial, weights, out)
 
 
-def _few_configs(target: Target, dtype: torch.dtype, num_tokens: int) -> tuple[LaunchConfig, LaunchConfig]:
+def _one_configs(target: Target, weight: Packed) -> tuple[LaunchConfig, LaunchConfig]:
+    if isinstance(weight, PackedMX):
+        tables = configs_mx.MOE_ONE_GATE_UP[weight.format], configs_mx.MOE_ONE_DOWN[weight.format]
+    else:
+        tables = configs.MOE_ONE_GATE_UP, configs.MOE_ONE_DOWN
+    return tables[0][target.arch], tables[1][target.arch]
+
+
+def _few_configs(
+    target: Target, weight: Packed, dtype: torch.dtype, num_tokens: int
+) -> tuple[LaunchConfig, LaunchConfig]:
+    if isinstance(weight, PackedMX):
+        both = configs_mx.MOE_16 if num_tokens <= 16 else configs_mx.MOE_64
+        return both[weight.format][0][target.arch], both[weight.format][1][target.arch]
     if dtype is torch.float32:
         config = configs.MOE_FEW_FP32[target.arch]
         return config, config

@@ -17,8 +17,8 @@ from engine.kernels import configs
 from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import SwigluParams
 from engine.kernels.triton_common import operand, swiglu_oai
-from engine.kernels.triton_linear import weight_tile
-from engine.kernels.triton_moe_shared import PackedExperts, inner_sum, sum_ranks
+from engine.kernels.triton_linear import inner_sum, weight_tile
+from engine.kernels.triton_moe_shared import sum_ranks
 
 # Chiplets of an AMD accelerator, each with an L2 of its own; workgroup w runs on chiplet w % 8.
 _XCDS = 8
@@ -47,7 +47,7 @@ def _sort_pairs_kernel(ids, order, offsets, num_pairs, BLOCK: tl.constexpr, BLOC
 
 
 @triton.jit
-def _find_tile(
+def find_tile(
     offsets,
     tiles_n,
     num_experts,
@@ -176,7 +176,7 @@ def _many_gate_up_kernel(
     An expert's last tile is often short: up to SMALL_M pairs of it are multiplied as a smaller tile.
     w13: a tensor, or with TMA the descriptor of _gate_up_descriptor.
     """
-    expert, first, count, tile = _find_tile(offsets, spans, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
+    expert, first, count, tile = find_tile(offsets, spans, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
     start = tile * (BLOCK_N // 2 * SPAN)
     if expert >= 0:
         if SMALL_M < BLOCK_M:
@@ -266,7 +266,7 @@ def _many_down_kernel(
 
     w2: a tensor, or with TMA the descriptor of _down_descriptor.
     """
-    expert, first, count, tile = _find_tile(offsets, spans, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
+    expert, first, count, tile = find_tile(offsets, spans, num_experts, BLOCK_E, BLOCK_M, GROUP_M, XCDS)
     start = tile * (BLOCK_N * SPAN)
     if expert >= 0:
         if SMALL_M < BLOCK_M:
@@ -287,28 +287,45 @@ def _many_down_kernel(
             )  # fmt: skip
 
 
+def sort_pairs(target: Target, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Pairs sorted by expert, int32 [pairs], and where each expert's begin, int32 [num_experts + 1]."""
+    order = ids.new_empty(ids.numel(), dtype=torch.int32)
+    offsets = ids.new_empty(num_experts + 1, dtype=torch.int32)
+    config = configs.MOE_SORT[target.arch]
+    target.launch(_sort_pairs_kernel, (num_experts,), ids, order, offsets, ids.numel(), config=config)
+    return order, offsets
+
+
+def tile_search(target: Target, num_experts: int) -> dict[str, int]:
+    """Constexprs of `find_tile`."""
+    return {"BLOCK_E": triton.next_power_of_2(num_experts), "XCDS": _XCDS if target.is_hip else 1}
+
+
 def many_tokens(
-    target: Target, x: Tensor, packed: PackedExperts, weights: Tensor, ids: Tensor, act: SwigluParams, out: Tensor
+    target: Target,
+    x: Tensor,
+    packed: tuple[Tensor, Tensor],
+    weights: Tensor,
+    ids: Tensor,
+    act: SwigluParams,
+    out: Tensor,
 ) -> None:
     (w13, w2), (num_tokens, ranks) = packed, ids.shape
     num_experts, size, width = w2.shape
     num_pairs = num_tokens * ranks
     hidden, partial = x.new_empty(num_pairs, width), x.new_empty(num_pairs, size)
-    order = ids.new_empty(num_pairs, dtype=torch.int32)
-    offsets = ids.new_empty(num_experts + 1, dtype=torch.int32)
-    sort_config = configs.MOE_SORT[target.arch]
-    target.launch(_sort_pairs_kernel, (num_experts,), ids, order, offsets, num_pairs, config=sort_config)
-    common = {"BLOCK_E": triton.next_power_of_2(num_experts), "XCDS": _XCDS if target.is_hip else 1}
+    order, offsets = sort_pairs(target, ids, num_experts)
+    common = tile_search(target, num_experts)
     gate_up, down = _many_configs(target, x.dtype, num_pairs // num_experts)
     # Descriptors need rows that start at multiples of 16 bytes.
     aligned = size % 8 == 0 and width % 8 == 0
     spans = triton.cdiv(width, gate_up["BLOCK_N"] // 2 * gate_up["SPAN"])
-    constexprs = inner_sum(target, size, gate_up)
+    constexprs = inner_sum(target, w13, gate_up)
     constexprs["TMA"] = tma = int(aligned and gate_up["TMA"])
     weight = _gate_up_descriptor(w13, gate_up["BLOCK_N"], constexprs["BLOCK_K"]) if tma else w13
     target.launch(
         _many_gate_up_kernel,
-        (_max_tiles(num_pairs, num_experts, gate_up["BLOCK_M"]) * spans,),
+        (max_tiles(num_pairs, num_experts, gate_up["BLOCK_M"]) * spans,),
         *(x, weight, order, offsets, hidden, num_experts, spans, width, act.alpha, act.limit, act.beta),
         config=gate_up,
         RANKS=ranks,
@@ -316,12 +333,12 @@ def many_tokens(
         **constexprs,
     )
     spans = triton.cdiv(size, down["BLOCK_N"] * down["SPAN"])
-    constexprs = inner_sum(target, width, down)
+    constexprs = inner_sum(target, w2, down)
     constexprs["TMA"] = tma = int(aligned and down["TMA"])
     weight = _down_descriptor(w2, down["BLOCK_N"], constexprs["BLOCK_K"]) if tma else w2
     target.launch(
         _many_down_kernel,
-        (_max_tiles(num_pairs, num_experts, down["BLOCK_M"]) * spans,),
+        (max_tiles(num_pairs, num_experts, down["BLOCK_M"]) * spans,),
         *(hidden, weight, order, offsets, partial, num_experts, spans, size),
         config=down,
         **common,
@@ -353,6 +370,6 @@ def _many_configs(target: Target, dtype: torch.dtype, pairs_per_expert: int) -> 
     return configs.MOE_MANY_GATE_UP[target.arch], configs.MOE_MANY_DOWN[target.arch]
 
 
-def _max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
+def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
     """Tiles of sorted pairs under the worst routing: each expert can leave one unfinished."""
     return min(num_pairs, num_pairs // block_m + num_experts)

@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels import configs
-from engine.kernels.launch import LaunchConfig, Target
-from engine.kernels.triton_linear import k_tile
+from engine.kernels.launch import Target
+from engine.kernels.triton_mx import Packed
 
-PackedExperts = tuple[Tensor, Tensor]
+# w13 [num_experts, 2 * width, hidden], w2 [num_experts, hidden, width].
+PackedExperts = tuple[Packed, Packed]
 
 
 @triton.jit
@@ -36,9 +37,3 @@ def sum_ranks(target: Target, partial: Tensor, weights: Tensor, out: Tensor) -> 
     config = configs.MOE_SUM[target.arch]
     grid = (triton.cdiv(size, config["BLOCK"]), num_tokens)
     target.launch(_sum_ranks_kernel, grid, partial, weights, out, size, config=config, RANKS=weights.shape[1])
-
-
-def inner_sum(target: Target, width: int, config: LaunchConfig) -> dict[str, int | bool]:
-    """Constexprs about a sum over `width` products."""
-    block_k = k_tile(width, config["BLOCK_K"])
-    return {"K": width, "BLOCK_K": block_k, "EVEN_K": width % block_k == 0, "UPCAST": target.interpreted}

@@ -23,6 +23,7 @@ from engine.kernels import (
 from engine.kernels.api import DecodeKernels, KernelSet
 from engine.kernels.batch import Segment, StepBatch
 from engine.kernels.params import KVPages, Selection
+from engine.quant_config import FORMATS
 
 
 def resolve() -> KernelSet:
@@ -52,6 +53,7 @@ def bind(target: launch.Target, device: torch.device) -> KernelSet:
         attend_dense=partial(_attend_dense, target),
         attend_sparse=partial(_attend_sparse, target),
         power_of_two_dims=True,
+        mx_formats=FORMATS,
         decode=DecodeKernels(partial(triton_prepare.prepare, target), partial(triton_sample.sample, target)),
     )
 

@@ -11,18 +11,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine import capacity
 from engine.config import PAGE_SIZE, ModelConfig
 from engine.kernels.api import KernelSet, KVPages, SelectParams
 from engine.kernels.batch import StepBatch
 from engine.kernels.torch_pages import FP8_DTYPES
 from engine.model.layers import MLP, Attention, Build
 from engine.model.moe import MoE
+from engine.model.rope import rope_table
 from engine.model.weights import WeightSource
 from engine.msa.audit import Audit
 from engine.msa.cache import IndexCache
@@ -121,7 +124,8 @@ class MiniMaxM3:
         self.lm_head = kernels.pack_linear(build.weights.take("lm_head.weight", vocab, dtype, rows=self._vocab_part))
         self.ledger = weights.finish()
         self.weight_bytes = weights.num_bytes
-        self.cos_sin = rope_table(max_model_len, config.rotary_dim, config.rope_theta).to(kernels.device)
+        table = rope_table(max_model_len, config.rotary_dim, config.rope_theta, config.rope_scaling)
+        self.cos_sin = table.to(kernels.device)
         self.pages: list[KVPages] = []
 
     def _selector(self, layer_id: int, role: Role, audited: bool) -> Selector | None:
@@ -137,12 +141,10 @@ class MiniMaxM3:
 
     def page_bytes(self) -> int:
         """Bytes of one page over all layers of this rank, the scales of fp8 pages included."""
-        config = self.config
-        kv_heads = self.parallel.num_heads(config.num_key_value_heads)
-        kv = 2 * kv_heads * _vector_bytes(config.head_dim, self.kv_dtype)
-        index = _vector_bytes(config.index_dim, self.index_dtype)
         owners = sum(layer.attention.layout.num_index_heads > 0 for layer in self.layers)
-        return PAGE_SIZE * (kv * len(self.layers) + index * owners)
+        return capacity.page_bytes(
+            self.config, self.parallel.size, owners, self.kv_dtype.itemsize, self.index_dtype.itemsize
+        )
 
     def allocate_pages(self, num_pages: int) -> None:
         """Make the pools; index-K pages only in layers that own an indexer."""
@@ -154,7 +156,14 @@ class MiniMaxM3:
             scale = _zeros(shape, torch.float32, device) if dtype in FP8_DTYPES else None
             return _zeros((*shape, dim), dtype, device), scale
 
-        def pages(owns_index: bool) -> KVPages:
+        def pages(layer: DecoderLayer) -> KVPages:
+            attention = layer.attention
+            made = pools(attention.layout.num_index_heads > 0)
+            if attention.selector is not None and self.kernels.shuffles(attention.layout, self.dtype, made):
+                return replace(made, shuffled=True)
+            return made
+
+        def pools(owns_index: bool) -> KVPages:
             k, k_scale = pool(kv, config.head_dim, self.kv_dtype)
             v, v_scale = pool(kv, config.head_dim, self.kv_dtype)
             if not owns_index:
@@ -162,7 +171,7 @@ class MiniMaxM3:
             index_k, index_k_scale = pool(index, config.index_dim, self.index_dtype)
             return KVPages(k, v, index_k, k_scale, v_scale, index_k_scale)
 
-        self.pages = [pages(layer.attention.layout.num_index_heads > 0) for layer in self.layers]
+        self.pages = [pages(layer) for layer in self.layers]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids: int64 [num_tokens] -> [num_tokens, hidden]; each rank holds a part of the vocabulary."""
@@ -188,22 +197,9 @@ class MiniMaxM3:
         return self.parallel.all_gather_last(self.kernels.linear(hidden, self.lm_head))
 
 
-def _vector_bytes(dim: int, dtype: torch.dtype) -> int:
-    """Of one stored vector; an fp8 one has a float32 scale."""
-    return dim * dtype.itemsize + (4 if dtype in FP8_DTYPES else 0)
-
-
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A pool of pages; on CPU it takes memory only as pages are written, where torch.zeros would touch it all."""
     if device.type != "cpu":
         # Not every fp8 dtype has a fill kernel everywhere; its zero is a zero byte.
         return torch.zeros(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
-
-
-def rope_table(num_positions: int, rotary_dim: int, theta: float) -> Tensor:
-    """float32 [num_positions, rotary_dim]: cosines of the rotary_dim / 2 frequencies, then their sines."""
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-    frequencies = 1.0 / (theta**exponents)
-    angles = torch.outer(torch.arange(num_positions).float(), frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)

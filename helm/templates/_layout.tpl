@@ -42,7 +42,7 @@ an index key of 128 numbers on every rank; an fp8 vector has a scale of 4 bytes.
 {{- $engine := .Values.engine -}}
 {{- $tp := int64 $engine.tensorParallelSize -}}
 {{- $itemBytes := ternary 4 2 (eq $engine.dtype "float32") -}}
-{{- $released := dict "bf16" 793.8 "mxfp8" 384.9 "mxfp4" 227.3 -}}
+{{- $released := dict "bf16" 793.9 "mxfp8" 411.7 "mxfp4" 228.8 -}}
 {{- $weights := .Values.model.weightsGiB -}}
 {{- if kindIs "invalid" $weights -}}
 {{- $weights = index $released .Values.model.format -}}
@@ -107,8 +107,11 @@ pagesExceed: {{ gt $pool $free }}
 {{- if and (gt $gpus 0) (eq .Values.engine.backend "torch") -}}
 {{- fail (printf "engine.backend torch runs on CPU and would leave the %d GPUs of each pod idle: set it to auto or triton" $gpus) -}}
 {{- end -}}
-{{- if and (eq $gpus 0) (eq .Values.engine.backend "triton") -}}
-{{- fail "engine.backend triton needs GPUs, and worker.gpus is 0" -}}
+{{- if and (eq $gpus 0) (has .Values.engine.backend (list "triton" "aiter")) -}}
+{{- fail (printf "engine.backend %s needs GPUs, and worker.gpus is 0" .Values.engine.backend) -}}
+{{- end -}}
+{{- if and (eq .Values.engine.backend "aiter") (not (hasPrefix "amd.com/" (default "" $device.resourceName))) -}}
+{{- fail (printf "engine.backend aiter is for AMD GPUs, and accelerator %s is %s: set it to auto or triton" .Values.accelerator $device.resourceName) -}}
 {{- end -}}
 
 {{- if ne .Values.model.format "none" -}}

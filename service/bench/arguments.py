@@ -29,6 +29,7 @@ _SLICE_EPILOG = """\
 examples:
   m3serve bench slice --out slice.json
   m3serve bench slice --freqs 1,4 --concurrency 64 --context-tokens 32768
+  m3serve bench slice --format mxfp4 --freqs 1 --concurrency 1,16
   m3serve bench slice --tiny --backend torch           the same on a model of toy size, on CPU
 """
 _METRICS = """\
@@ -39,6 +40,18 @@ _METRICS_EPILOG = """\
 examples:
   m3serve bench metrics --model DIR --batches 1,16 --num-threads 1
   python -m service.bench.instrumentation                    12 layers of one M3 rank, on a GPU with 80 GB
+"""
+_LOAD = """\
+How fast one rank reads its share of a checkpoint, beside a plain read of the same bytes by as many threads. The
+checkpoint is synthetic: MXFP8, names and widths of MiniMax-M3, 4 layers, as many experts as make the wanted size.
+
+Each read starts with nothing of the shards in the page cache. Without a GPU, weights stay as they are stored.
+"""
+_LOAD_EPILOG = """\
+examples:
+  m3serve bench load --gb 8 --directory /mnt/models
+  m3serve bench load --tensor-parallel-sizes 1,8 --readers 4,8,16
+  python -m service.bench.load --tiny --gb 0.01
 """
 
 
@@ -87,6 +100,10 @@ def add_slice(parser: argparse.ArgumentParser) -> None:
     _describe(parser, _SLICE, _SLICE_EPILOG)
     parser.add_argument("--freqs", type=counts, default=[1, 4], metavar="N,N", help="index_topk_freq (1,4)")
     parser.add_argument(
+        "--format", choices=("bf16", "mxfp8", "mxfp4"), default="bf16",
+        help="of the weights: mxfp8 as released, all but embeddings, router and LM head; mxfp4: the experts (bf16)",
+    )  # fmt: skip
+    parser.add_argument(
         "--prefill-tokens", type=counts, metavar="N,N", help="prompt lengths of prefill (8192; 512 with --tiny)"
     )
     parser.add_argument(
@@ -105,7 +122,7 @@ def add_slice(parser: argparse.ArgumentParser) -> None:
         help="also run N times as many requests per decode case to their end, in a closed loop: prompts then run "
         "among the decode steps of others",
     )  # fmt: skip
-    parser.add_argument("--backend", default="auto", metavar="TEXT", help="triton, torch or auto (auto)")
+    parser.add_argument("--backend", default="auto", metavar="TEXT", help="triton, aiter, torch or auto (auto)")
     parser.add_argument("--dtype", default="auto", metavar="TEXT", help="bfloat16, float32 or auto (auto)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
@@ -129,3 +146,19 @@ def add_metrics(parser: argparse.ArgumentParser) -> None:
         "--index-topk-freq", type=count, default=4, metavar="N", help="one sparse layer in N selects (4)"
     )
     parser.add_argument("--num-threads", type=count, metavar="N", help="CPU threads; default: all cores")
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench load`."""
+    _describe(parser, _LOAD, _LOAD_EPILOG)
+    parser.add_argument("--gb", type=float, default=4.0, metavar="X", help="size of the checkpoint in GB (4)")
+    parser.add_argument(
+        "--directory", metavar="DIR", help="where to write it: on the disk to measure; default: that of temporary files"
+    )
+    parser.add_argument(
+        "--tensor-parallel-sizes", type=counts, default=[1], metavar="N,N",
+        help="measure the last rank of groups of these sizes, each alone (1)",
+    )  # fmt: skip
+    parser.add_argument("--readers", type=counts, default=[8], metavar="N,N", help="threads that read (8)")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="reads of either sort per case (3)")
+    parser.add_argument("--tiny", action="store_true", help="toy widths, for a test of the benchmark itself")

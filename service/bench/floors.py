@@ -8,11 +8,15 @@ products that the definition asks for. It leaves out launches and anything that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 PAGE = 128
 # A float32 scale stands beside every stored fp8 vector.
 SCALE_BYTES = 4
 BF16, FP8, FP32 = 2, 1, 4
+# A weight's, by format: codes of one byte or half of one, and an e8m0 scale of one byte for every 32.
+Kind = Literal["bf16", "mxfp8", "mxfp4"]
+WEIGHT_BYTES: dict[Kind, float] = {"bf16": 2.0, "mxfp8": 1 + 1 / 32, "mxfp4": 1 / 2 + 1 / 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +161,10 @@ def swiglu(width: int, tokens: int) -> Floor:
     return Floor(3 * BF16 * tokens * width)
 
 
-def linear(rows: int, columns: int, tokens: int) -> Floor:
-    """A weight [rows, columns] is read once, and so are inputs and outputs."""
-    return Floor(BF16 * (rows * columns + tokens * (rows + columns)), 2 * rows * columns * tokens)
+def linear(rows: int, columns: int, tokens: int, kind: Kind = "bf16") -> Floor:
+    """A weight [rows, columns] of that format is read once, and so are inputs and outputs."""
+    num_bytes = WEIGHT_BYTES[kind] * rows * columns + BF16 * tokens * (rows + columns)
+    return Floor(num_bytes, 2 * rows * columns * tokens)
 
 
 def route(shape: RankShape, tokens: int) -> Floor:
@@ -173,8 +178,8 @@ def expected_experts(num_experts: int, per_token: int, tokens: int) -> float:
     return num_experts * (1.0 - (1.0 - per_token / num_experts) ** tokens)
 
 
-def experts(shape: RankShape, tokens: int, distinct: float | None = None) -> Floor:
-    """Weights of the experts that are hit, the shared one among them, are read once.
+def experts(shape: RankShape, tokens: int, distinct: float | None = None, kind: Kind = "bf16") -> Floor:
+    """Weights of the experts that are hit, the shared one among them, are read once. kind: their format.
 
     distinct: routed experts that are hit; None: as many as uniform routing hits on average.
     """
@@ -182,7 +187,7 @@ def experts(shape: RankShape, tokens: int, distinct: float | None = None) -> Flo
         distinct = expected_experts(shape.experts, shape.experts_per_token, tokens)
     weights = (distinct + 1) * shape.expert_elements
     flops = 2 * shape.expert_elements * (shape.experts_per_token + 1) * tokens
-    return Floor(BF16 * (weights + 2 * tokens * shape.hidden), flops)
+    return Floor(WEIGHT_BYTES[kind] * weights + BF16 * 2 * tokens * shape.hidden, flops)
 
 
 def sample(shape: RankShape, batch: int, element: int = BF16) -> Floor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from engine.kernels import launch
 from engine.kernels.api import QKVLayout, RouteParams, Selection, SelectParams, SwigluParams
 from service.bench import floors, selections
-from service.bench.floors import BF16, FP8, Floor, RankShape
+from service.bench.floors import BF16, FP8, Floor, Kind, RankShape
 from service.bench.kernel_inputs import (
     Bench,
     decode_steps,
@@ -27,6 +27,8 @@ from service.bench.kernel_inputs import (
     index_pages,
     kv_pages,
     prefill_steps,
+    quantised,
+    weight,
 )
 
 K = 1024
@@ -142,8 +144,15 @@ def _feed_forward_cases(shape: RankShape, sizes: Sizes) -> Iterator[Case]:
             floor = floors.linear(rows, columns, tokens)
             prepare = partial(_linear, rows=rows, columns=columns, tokens=tokens, floor=floor)
             yield Case(f"linear {name} {tokens}", floor, prepare)
-    for tokens in sizes.weight_tokens:
-        yield Case(f"experts {tokens}", floors.experts(shape, tokens), partial(_experts, tokens=tokens))
+            if name != "lm_head":  # released checkpoints do not quantise it
+                floor = floors.linear(rows, columns, tokens, "mxfp8")
+                prepare = partial(_linear, rows=rows, columns=columns, tokens=tokens, floor=floor, kind="mxfp8")
+                yield Case(f"linear {name} {tokens} mxfp8", floor, prepare)
+    for kind in floors.WEIGHT_BYTES:
+        for tokens in sizes.weight_tokens:
+            floor = floors.experts(shape, tokens, kind=kind)
+            suffix = "" if kind == "bf16" else f" {kind}"
+            yield Case(f"experts {tokens}{suffix}", floor, partial(_experts, tokens=tokens, kind=kind))
 
 
 def linear_shapes(shape: RankShape) -> list[tuple[str, int, int]]:
@@ -335,12 +344,12 @@ def _route(bench: Bench, *, tokens: int) -> Calls:
     return Calls(lambda call: bench.kernels.route(x, gates[call], bias, params), count)
 
 
-def _linear(bench: Bench, *, rows: int, columns: int, tokens: int, floor: Floor) -> Calls:
-    """The baseline is torch's F.linear, i.e. the vendor's library."""
+def _linear(bench: Bench, *, rows: int, columns: int, tokens: int, floor: Floor, kind: Kind = "bf16") -> Calls:
+    """The baseline is torch's F.linear, i.e. the vendor's library, on a bf16 weight."""
     count = bench.calls_for(floor)
-    copies = max(1, min(count, int(bench.cold_bytes // (BF16 * rows * columns)) + 1))
+    copies = max(1, min(count, int(bench.cold_bytes // (floors.WEIGHT_BYTES[kind] * rows * columns)) + 1))
     weights = [bench.randn(rows, columns) / columns**0.5 for _ in range(copies)]
-    packed = [bench.kernels.pack_linear(weight) for weight in weights]
+    packed = [bench.kernels.pack_linear(quantised(bench, each, kind)) for each in weights]
     x = bench.randn(tokens, columns)
     return Calls(
         lambda call: bench.kernels.linear(x, packed[call % copies]),
@@ -349,14 +358,14 @@ def _linear(bench: Bench, *, rows: int, columns: int, tokens: int, floor: Floor)
     )
 
 
-def _experts(bench: Bench, *, tokens: int) -> Calls:
+def _experts(bench: Bench, *, tokens: int, kind: Kind) -> Calls:
     """Uniformly random routing, another one in every call; two sets of weights, so that the shared expert is cold."""
     shape, count = bench.shape, bench.min_calls if tokens < K else max(1, bench.min_calls // 4)
     num_experts, width, hidden = shape.experts + 1, shape.expert_width, shape.hidden
     packed = []
     for _ in range(2):
-        w13, w2 = bench.randn(num_experts, 2 * width, hidden), bench.randn(num_experts, hidden, width)
-        packed.append(bench.kernels.pack_experts(w13.div_(hidden**0.5), w2.div_(width**0.5)))
+        w13, w2 = weight(bench, kind, num_experts, 2 * width, hidden), weight(bench, kind, num_experts, hidden, width)
+        packed.append(bench.kernels.pack_experts(w13, w2))
         del w13, w2
     x = bench.randn(tokens, hidden)
     gate = bench.kernels.pack_linear(bench.randn(shape.experts, hidden, dtype=torch.float32))
@@ -372,6 +381,6 @@ def _experts(bench: Bench, *, tokens: int) -> Calls:
     return Calls(
         lambda call: bench.kernels.experts(x, packed[call % 2], weights, chosen[call], ACT),
         count,
-        floor=floors.experts(shape, tokens, distinct),
+        floor=floors.experts(shape, tokens, distinct, kind),
         note=f"{distinct:.1f} routed experts hit",
     )

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.kernels import torch_mx
 from engine.kernels.api import KernelSet, KVPages, Selection
 from engine.kernels.batch import Phase, Segment, StepBatch
-from engine.kernels.params import BlockUnions
+from engine.kernels.params import BlockUnions, MXWeight, Weight
 from engine.kernels.torch_pages import quantise
-from service.bench.floors import PAGE, Floor, RankShape
+from service.bench.floors import PAGE, Floor, Kind, RankShape
 
 # Of one page pool: large enough to outgrow every cache many times.
 _POOL_BYTES = 2 * 2**30
@@ -111,6 +112,27 @@ def _steps(bench: Bench, rows: list[tuple[int, int]], phase: Phase, calls: int) 
             )
         )
     return Steps(batches, sets * set_pages)
+
+
+def quantised(bench: Bench, plain: Tensor, kind: Kind) -> Weight:
+    """`plain` in that format; as the model does it, converted back for backends that multiply with plain ones alone."""
+    if kind == "bf16":
+        return plain
+    packed = torch_mx.quantise(plain, kind)
+    return packed if kind in bench.kernels.mx_formats else torch_mx.dequantise(packed, plain.dtype)
+
+
+def weight(bench: Bench, kind: Kind, *shape: int) -> Weight:
+    """A random weight [..., rows, columns] whose products are about 1."""
+    if kind == "bf16":
+        return bench.randn(*shape).div_(shape[-1] ** 0.5)
+    # One matrix at a time: what quantising needs besides stays small.
+    matrices = (bench.randn(*shape[-2:]).div_(shape[-1] ** 0.5) for _ in range(math.prod(shape[:-2])))
+    parts = [quantised(bench, matrix, kind) for matrix in matrices]
+    if plain := [part for part in parts if isinstance(part, Tensor)]:
+        return torch.stack(plain).view(shape)
+    packed = MXWeight.cat([part for part in parts if isinstance(part, MXWeight)])
+    return MXWeight(kind, packed.values.view(*shape[:-1], -1), packed.scales.view(*shape[:-1], -1))
 
 
 def kv_pages(bench: Bench, num_pages: int, *, fp8: bool = False) -> KVPages:

@@ -59,6 +59,7 @@ def run(
         "plan": llm.info.plan,
         "dtype": llm.info.dtype,
         "backend": llm.info.backend,
+        "kernels": llm.info.kernels,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "rows": rows,
     }

@@ -30,7 +30,7 @@ from engine.model.moe import MoE
 from service.bench import floors
 from service.bench.arguments import add_slice
 from service.bench.engine_load import ClosedLoop, SteadyDecode, closed_loop, steady_decode, steps_of_prefill
-from service.bench.floors import H100, M3_RANK, RankShape, Rates
+from service.bench.floors import H100, M3_RANK, Kind, RankShape, Rates
 from service.bench.gpu_timing import Protocol, measure_rates
 from service.bench.report import Row, machine, progress, summary, table, write
 from service.bench.slice_model import TINY_RANK, SliceFloors, hf_config
@@ -87,7 +87,7 @@ class _Executor(InlineExecutor):
 class _Engine:
     """One engine on the slice, and prompts for it."""
 
-    def __init__(self, directory: Path, shape: RankShape, load: Load, settings: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, shape: RankShape, kind: Kind, load: Load, settings: dict[str, Any]) -> None:
         merged = {"load_format": "dummy", **load.engine_settings(), **settings}
         self.config = EngineConfig.from_kwargs(directory, **merged)
         self.executor = _Executor(self.config)
@@ -97,7 +97,7 @@ class _Engine:
         kv, index = (
             floors.FP8 if merged.get(name) == "fp8" else element for name in ("kv_cache_dtype", "index_cache_dtype")
         )
-        self.floors = SliceFloors(shape, info.plan, element, kv, index)
+        self.floors = SliceFloors(shape, info.plan, element, kv, index, kind)
         self.shape = shape
         self._rng = random.Random(0)
 
@@ -114,27 +114,30 @@ class _Engine:
 def run(
     *,
     shape: RankShape,
+    kind: Kind,
     freqs: Sequence[int],
     load: Load,
     settings: dict[str, Any],
     bandwidth: float | None,
     out: str | None,
 ) -> int:
-    """Measure an engine per frequency. bandwidth: bytes/s that floors assume; None: measured, or an H100's."""
+    """Measure an engine per frequency. kind: the format of weights.  bandwidth: bytes/s that floors assume; None:
+    measured, or an H100's."""
     rates = _rates(bandwidth)
     document: dict[str, Any] = {
         "benchmark": "slice",
         "machine": machine(),
         "shape": dataclasses.asdict(shape),
+        "format": kind,
         "floor_bytes_per_s": rates.bytes_per_s,
         "floor_prefill_flops_per_s": rates.flops_per_s,
         "engines": [],
         "rows": [],
     }
     with tempfile.TemporaryDirectory(prefix="m3serve-slice-") as name:
-        (Path(name) / "config.json").write_text(json.dumps(hf_config(shape)), encoding="utf-8")
+        (Path(name) / "config.json").write_text(json.dumps(hf_config(shape, kind)), encoding="utf-8")
         for freq in freqs:
-            engine = _Engine(Path(name), shape, load, {**settings, "index_topk_freq": freq})
+            engine = _Engine(Path(name), shape, kind, load, {**settings, "index_topk_freq": freq})
             try:
                 info, rows = _measure(engine, freq, load, rates)
             finally:
@@ -142,8 +145,8 @@ def run(
             document["engines"].append(info)
             document["rows"] += rows
     document["gains"] = gains(document["rows"])
-    for kind in ("prefill", "decode", "closed loop"):
-        if shown := [row for row in document["rows"] if row["case"] == kind]:
+    for case in ("prefill", "decode", "closed loop"):
+        if shown := [row for row in document["rows"] if row["case"] == case]:
             progress(f"\n{table([_flat(row) for row in shown])}")
     if document["gains"]:
         progress(f"\n{table(document['gains'])}")
@@ -160,7 +163,8 @@ def _rates(bandwidth: float | None) -> Rates:
 
 def _measure(engine: _Engine, freq: int, load: Load, rates: Rates) -> tuple[Row, list[Row]]:
     info = engine.core.info
-    progress(f"freq {freq}: {info.backend}, {info.dtype}, plan {info.plan}, {info.num_pages} pages")
+    weights = f"{info.dtype}, {engine.floors.kind} weights, {info.weight_bytes / 1e9:.1f} GB"
+    progress(f"freq {freq}: {info.backend}, {weights}, plan {info.plan}, {info.num_pages} pages")
     if load.concurrency and load.context_tokens:  # kernels compile, buffers grow
         warm, length = min(2, max(load.concurrency)), min(300, min(load.context_tokens))
         prompts = [engine.prompt(length) for _ in range(warm)]
@@ -361,6 +365,7 @@ def from_args(args: argparse.Namespace) -> int:
 
     return run(
         shape=TINY_RANK if args.tiny else M3_RANK,
+        kind=args.format,
         freqs=args.freqs,
         load=Load(
             prefill_tokens=given(args.prefill_tokens, [8192], [512]),

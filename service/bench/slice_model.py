@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.bench import floors
-from service.bench.floors import FP32, Floor, RankShape
+from service.bench.floors import FP32, Floor, Kind, RankShape
 
 DENSE_LAYERS, SPARSE_LAYERS = 3, 9
 # Toy sizes with the same structure, for machines without a GPU.
@@ -25,8 +25,37 @@ TINY_RANK = RankShape(
 )
 
 
-def hf_config(shape: RankShape) -> dict[str, Any]:
-    """config.json in the released layout. Scalars are those of MiniMax-M3; widths and heads are one rank's."""
+# What released checkpoints leave in bf16 or fp32: of MXFP8 ones, and of MXFP4 ones, whose experts alone are quantised.
+_UNQUANTISED = {
+    "mxfp8": ["lm_head", "model.embed_tokens", "block_sparse_moe.gate"],
+    # In memory transformers calls a MoE "mlp" too: the dense layers must be named one by one.
+    "mxfp4": [
+        *("lm_head", "model.embed_tokens", "block_sparse_moe.gate", "*self_attn*"),
+        *(f"model.layers.{layer_id}.mlp" for layer_id in range(DENSE_LAYERS)),
+    ],
+}
+
+
+def _quantization_config(kind: str) -> dict[str, Any]:
+    if kind == "mxfp8":
+        return {
+            "quant_method": "mxfp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [1, 32],
+            "ignored_layers": _UNQUANTISED[kind],
+        }
+    weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "is_dynamic": False}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": weight},
+        "exclude": _UNQUANTISED[kind],
+        "export": {"weight_format": "real_quantized"},
+    }
+
+
+def hf_config(shape: RankShape, kind: Kind = "bf16") -> dict[str, Any]:
+    """config.json in the released layout. Scalars are those of MiniMax-M3; widths and heads are one rank's. kind: the
+    format of weights."""
     sparse = [0] * DENSE_LAYERS + [1] * SPARSE_LAYERS
     text = {
         "architectures": ["MiniMaxM3SparseForCausalLM"],
@@ -75,20 +104,27 @@ def hf_config(shape: RankShape) -> dict[str, Any]:
             "sparse_attention_freq": sparse,
         },
     }
-    outer = {"architectures": text["architectures"], "model_type": "minimax_m3_vl", "torch_dtype": "bfloat16"}
+    outer: dict[str, Any] = {
+        "architectures": text["architectures"],
+        "model_type": "minimax_m3_vl",
+        "torch_dtype": "bfloat16",
+    }
+    if kind != "bf16":
+        outer["quantization_config"] = _quantization_config(kind)
     return {**outer, "text_config": text, "vision_config": {}}
 
 
 @dataclass(frozen=True, slots=True)
 class SliceFloors:
-    """Floors of whole steps. plan: one letter per layer, D, F or S.  element: bytes of a weight; kv_element,
-    index_element: of a stored number."""
+    """Floors of whole steps. plan: one letter per layer, D, F or S.  element: bytes of a weight that is not quantised;
+    kv_element, index_element: of a stored number.  kind: the format of weights, a key of floors.WEIGHT_BYTES."""
 
     shape: RankShape
     plan: str
     element: int
     kv_element: int
     index_element: int
+    kind: Kind = "bf16"
 
     def _linear_elements(self, role: str) -> int:
         """Weights of a layer besides its experts; a reuse layer (S) and a dense one project no index columns."""
@@ -105,9 +141,12 @@ class SliceFloors:
     def weight_bytes(self, distinct: float) -> float:
         """Read by one step whose tokens hit `distinct` routed experts in every layer."""
         shape = self.shape
-        elements = sum(self._linear_elements(role) for role in self.plan) + shape.vocab * shape.hidden
-        elements += round(self.num_moe * (distinct + 1) * shape.expert_elements)
-        return self.element * elements + FP32 * self.num_moe * shape.experts * shape.hidden
+        quantised = self.element if self.kind == "bf16" else floors.WEIGHT_BYTES[self.kind]
+        linear = quantised if self.kind == "mxfp8" else self.element
+        num_bytes = linear * sum(self._linear_elements(role) for role in self.plan)
+        num_bytes += self.element * shape.vocab * shape.hidden
+        num_bytes += quantised * round(self.num_moe * (distinct + 1) * shape.expert_elements)
+        return num_bytes + FP32 * self.num_moe * shape.experts * shape.hidden
 
     def decode(self, rows: int, context: int, distinct: float) -> Floor:
         """One decode step: weights, keys and values, and index keys of the layers that select."""

@@ -43,6 +43,11 @@ def refusal(values: dict[str, Any]) -> str:
         (CPU | {"worker.gpus": 2}, ["worker.gpus is 2", "accelerator cpu has no resourceName"]),
         ({"engine.backend": "torch"}, ["engine.backend torch runs on CPU", "8 GPUs of each pod idle"]),
         (CPU | {"engine.backend": "triton"}, ["engine.backend triton needs GPUs"]),
+        (CPU | {"engine.backend": "aiter"}, ["engine.backend aiter needs GPUs"]),
+        (
+            {"accelerator": "h100", "engine.backend": "aiter"},
+            ["engine.backend aiter is for AMD GPUs", "h100 is nvidia.com/gpu"],
+        ),
         (
             {"worker.resources": {"limits": {"cpu": "10"}}, "worker.resources.requests.cpu": "10"},
             ["1 engine replicas x (8 ranks + 1) + 2 HTTP processes take 11 CPUs", "1 worker pods x 10 CPUs", "are 10"],
@@ -91,17 +96,17 @@ def refusal(values: dict[str, Any]) -> str:
             {"worker.resources.limits.cpu": None, "worker.resources.requests.cpu": None},
             ["worker.resources needs a cpu"],
         ),
-        # 79 - 793.8 / 8 - 4
+        # 79 - 793.9 / 8 - 4
         ({"accelerator": "h100"}, ["the weights do not fit", "79 GiB (accelerators.h100)", "99.2", "leaves -24.3 GiB"]),
-        # 192 - 793.8 / 4 - 4
-        ({"engine.tensorParallelSize": 4}, ["the weights do not fit", "793.8 GiB / 4 ranks = 198.5", "leaves -10.5"]),
+        # 192 - 793.9 / 4 - 4
+        ({"engine.tensorParallelSize": 4}, ["the weights do not fit", "793.9 GiB / 4 ranks = 198.5", "leaves -10.5"]),
         (
             {"model.format": "bf16", "engine.dtype": "float32"},
-            ["the weights do not fit", "1587.6 GiB / 8 ranks", "leaves -10.5"],
+            ["the weights do not fit", "1587.8 GiB / 8 ranks", "leaves -10.5"],
         ),
         (
             {"accelerator": "h100", "model.format": "mxfp8", "engine.maxModelLen": 1048576},
-            ["the KV pages do not fit", "leaves 26.9 GiB", "22.9 GiB are for pages", "1048576 tokens", "x 45312 bytes"],
+            ["the KV pages do not fit", "leaves 23.5 GiB", "20 GiB are for pages", "1048576 tokens", "x 45312 bytes"],
         ),
         (
             {"accelerator": "h100", "model.format": "mxfp8", "engine.maxModelLen": None},
@@ -162,7 +167,7 @@ def test_refused_with_a_message_that_names_limit_and_value(values: dict[str, Any
         # Just fits, where one step further is refused above.
         {"engine.replicas": 1, "worker.resources.limits.cpu": "11"},
         {"settings.num_pages": 1024},
-        {"accelerator": "h100", "model.format": "mxfp8", "engine.maxModelLen": 500000},
+        {"accelerator": "h100", "model.format": "mxfp8", "engine.maxModelLen": 450000},
         {"autoscaling.enabled": True, "worker.maxReplicas": 2, "engine.replicas": 2},
         {"model.format": "none", "accelerator": "h100"},
         {"haproxy.enabled": False, "monitoring.exporter.port": 9101},

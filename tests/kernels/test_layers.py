@@ -10,7 +10,7 @@ import torch
 from engine.kernels import torch_linear, torch_norm
 from engine.kernels.batch import Segment, StepBatch
 from engine.kernels.params import KVPages, QKVLayout, RouteParams, SwigluParams
-from engine.model.minimax_m3 import rope_table
+from engine.model.rope import rope_table
 
 ACT = SwigluParams(alpha=1.702, limit=7.0, beta=1.0)
 

@@ -10,7 +10,7 @@ from engine.kernels import torch_linear, torch_norm, triton_norm
 from engine.kernels.batch import Segment, StepBatch
 from engine.kernels.params import KVPages, QKVLayout, SwigluParams
 from engine.kernels.torch_pages import take_rows
-from engine.model.minimax_m3 import rope_table
+from engine.model.rope import rope_table
 from tests.kernels.devices import DEVICE, ON_GPU, TARGET
 
 EPS = 1e-6

@@ -205,7 +205,6 @@ def test_a_directory_without_tensors_is_refused(checkpoint: Path) -> None:
         ("use_routing_bias", False),
         ("attention_output_gate", True),
         ("tie_word_embeddings", True),
-        ("rope_scaling", {"type": "yarn", "factor": 4.0}),
     ],
 )
 def test_other_maths_is_refused(checkpoint: Path, key: str, value: object) -> None:

@@ -126,6 +126,21 @@ def test_floors_of_the_slice() -> None:
     assert floors.expected_experts(128, 4, 64) == pytest.approx(111.2, abs=0.1)
 
 
+def test_floors_of_packed_weights() -> None:
+    """A scale of one byte stands beside 32 codes of one byte, or of half of one."""
+    expert = M3_RANK.expert_elements
+    tokens = 2 * 2 * M3_RANK.hidden
+    assert floors.experts(M3_RANK, 1, 4, "mxfp8").num_bytes == 5 * expert * 33 / 32 + tokens
+    assert floors.experts(M3_RANK, 1, 4, "mxfp4").num_bytes == 5 * expert * 17 / 32 + tokens
+    assert floors.linear(64, 32, 1, "mxfp8").num_bytes == 64 * 33 + 2 * 96
+    plan = "DDD" + "F" * 9
+    plain, eight, four = (SliceFloors(M3_RANK, plan, 2, 2, 2, kind).weight_bytes(4.0) for kind in floors.WEIGHT_BYTES)
+    # MXFP4 packs the experts alone, MXFP8 attention and dense layers too; nothing packs head and router.
+    unpacked = 2 * M3_RANK.vocab * M3_RANK.hidden + 4 * 9 * 128 * M3_RANK.hidden
+    assert eight == pytest.approx(unpacked + (plain - unpacked) * 33 / 64)
+    assert four == pytest.approx(plain - 9 * 5 * expert * (2 - 17 / 32))
+
+
 def test_kernels_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "kernels.json"
     assert cli.main(["bench", "kernels", "--dry-run", "--filter", "indexer decode 8k", "--out", str(out)]) == 0

@@ -256,3 +256,4 @@ def test_a_rank_asks_for_a_gpu_where_it_runs_on_one() -> None:
     assert rank_resources("torch", {"CPU": 8, "GPU": 4}) == {"CPU": 1}
     assert rank_resources("auto", {"CPU": 8}) == {"CPU": 1}
     assert rank_resources("auto", {"CPU": 8, "GPU": 4}) == rank_resources("triton", {"CPU": 8}) == {"CPU": 1, "GPU": 1}
+    assert rank_resources("aiter", {"CPU": 8}) == {"CPU": 1, "GPU": 1}

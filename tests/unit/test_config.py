@@ -223,18 +223,12 @@ def test_other_maths_is_refused(key: str) -> None:
         ("attention_output_gate", True),
         ("attention_bias", True),
         ("mlp_bias", 0),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
         ("sliding_window", 4096),
         ("final_logit_softcapping", 30.0),
-        ("quantization_config", {"quant_method": "mxfp8"}),
     ],
 )
 def test_maths_that_m3_lacks_is_refused(key: str, value: Any) -> None:
     refused(flat(**{key: value}), f"{key}=.* is not supported")
-
-
-def test_a_quantised_wrapper_is_refused() -> None:
-    refused(wrapped(quantization_config={"quant_method": "mxfp8"}), "quantization_config=.* is not supported")
 
 
 @pytest.mark.parametrize(
@@ -462,7 +456,10 @@ CHOICES = ("backend", "dtype", "load_format", "index_reuse", "kv_cache_dtype", "
 
 
 def test_the_tables_cover_every_setting() -> None:
-    others = {"model", "memory_fraction", "enable_prefix_caching", "enforce_eager", "async_scheduling", "hf_overrides"}
+    others = {
+        "model", "memory_fraction", "enable_prefix_caching", "enforce_eager", "async_scheduling", "hf_overrides",
+        "self_test", "numa_pinning", "weight_cache_dir",
+    }  # fmt: skip
     assert {*INTEGERS, *CHOICES, *KNOBS, *others} == {field.name for field in fields(EngineConfig)}
 
 
@@ -498,13 +495,16 @@ def test_choices(name: str) -> None:
         ("memory_fraction", [0, 1.01, -0.5, math.nan, math.inf, True, "0.5", HUGE]),
         ("enable_prefix_caching", [None, 0, 1, "true"]),
         ("enforce_eager", [None, 0, 1, "true"]),
+        ("self_test", [None, 0, 1, "true"]),
         ("async_scheduling", [0, 1, "true"]),
+        ("numa_pinning", [0, 1, "true"]),
         ("hf_overrides", [None, [], "{}", 5]),
         ("use_index_cache", [0, "true", []]),
         ("index_topk_freq", [True, "4", 4.0, -1, math.nan]),
         ("index_skip_topk_offset", [True, "4", 4.0, -1]),
         ("index_topk_pattern", [5, ["F"], True]),
         ("index_plan_file", [5, ["F"], True]),
+        ("weight_cache_dir", ["", 5, ["F"], True]),
     ],
 )
 def test_other_settings(name: str, values: list[Any]) -> None:

@@ -22,6 +22,7 @@ RAY_MODULES = {"engine.ray_executor", "engine.worker"}
 TRANSPORT_MODULES = RAY_MODULES | {"engine.transport"}
 NO_TORCH = (
     "engine",
+    "engine.capacity",
     "engine.config",
     "engine.engine",
     "engine.errors",

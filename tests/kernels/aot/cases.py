@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,17 +20,19 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from engine.kernels import triton_set
+from engine.kernels import triton_pages, triton_set
 from engine.kernels.api import KernelSet
 from engine.kernels.batch import Segment, StepBatch
 from engine.kernels.params import (
     BlockUnions,
     KVPages,
+    MXWeight,
     QKVLayout,
     RouteParams,
     Selection,
     SelectParams,
     SwigluParams,
+    Weight,
 )
 from tests.kernels.aot.record import Launch, Recorder
 
@@ -43,7 +46,8 @@ ACT = SwigluParams(1.702, 7.0, 1.0)
 class Rank:
     """One rank's share of a model, and the types it computes in.
 
-    fp8: of the pages.  shared: the shared expert is one more expert of the grouped products.
+    fp8: of the pages.  shared: the shared expert is one more expert of the grouped products.  linear, routed: formats
+    of the linear layers and of the experts, "" for weights of `dtype`.  only: the operations to drive; none: all.
     """
 
     name: str
@@ -63,6 +67,9 @@ class Rank:
     fp8: bool = False
     shared: bool = True
     num_pages: int = 16384
+    linear: str = ""
+    routed: str = ""
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,36 @@ Classes = tuple[tuple[Rank, tuple[Step, ...]], ...]
 # What `make test` compiles comes first: an entry is named after the first class that launches it.
 _TESTED_STEPS = (DECODE[1], DECODE[8], DECODE[64], *PREFILL, MIXED)
 _M3_TP4_FP8 = replace(M3_TP4, name="tp4-fp8", fp8=True)
+_M3_TP8 = Rank("tp8-bf16", 8, 1, 1, 128, 16, 6144, 384, 1536, 128, 25008)
 _M3_TP1 = Rank("tp1-bf16", 64, 4, 4, 128, 16, 6144, 3072, 12288, 128, 200064)
-TESTED: Classes = ((M3_TP4, _TESTED_STEPS), (_M3_TP4_FP8, _TESTED_STEPS), (_SMALL, (DECODE[1], MIXED)))
+_PREFILL200 = Step("prefill200", ((6144, 200),))
+_MX_STEPS = (DECODE[1], DECODE[8], _PREFILL200, PREFILL[1])
+MXFP8_TP4 = replace(M3_TP4, name="tp4-mxfp8", linear="mxfp8", routed="mxfp8")
+MXFP4_TP4 = replace(M3_TP4, name="tp4-mxfp4", routed="mxfp4")
+TESTED: Classes = (
+    (M3_TP4, _TESTED_STEPS),
+    (_M3_TP4_FP8, _TESTED_STEPS),
+    (_SMALL, (DECODE[1], MIXED)),
+    (replace(MXFP8_TP4, only=("o_proj", "experts")), _MX_STEPS),
+    (replace(MXFP4_TP4, only=("experts",)), _MX_STEPS),
+)
+_ALL_MX_STEPS = (*DECODE.values(), _PREFILL200, *PREFILL, MIXED)
 OTHERS: Classes = (
     (M3_TP4, ALL_STEPS),
     (_M3_TP4_FP8, ALL_STEPS),
     (replace(M3_TP4, name="tp4-bf16-4g", num_pages=131072), ALL_STEPS),
     (replace(M3_TP4, name="tp4-bf16-unshared", shared=False), ALL_STEPS),
-    (Rank("tp8-bf16", 8, 1, 1, 128, 16, 6144, 384, 1536, 128, 25008), ALL_STEPS),
+    (_M3_TP8, ALL_STEPS),
+    (MXFP8_TP4, _ALL_MX_STEPS),
+    (MXFP4_TP4, _ALL_MX_STEPS),
+    (replace(_M3_TP8, name="tp8-mxfp8", linear="mxfp8", routed="mxfp8"), _ALL_MX_STEPS),
+    (replace(_M3_TP8, name="tp8-mxfp4", linear="mxfp4", routed="mxfp4"), _ALL_MX_STEPS),
+    (replace(_SMALL, name="small-mxfp8", linear="mxfp8", routed="mxfp8"), (DECODE[2], MIXED)),
+    (replace(_SMALL, name="small-mxfp4", linear="mxfp4", routed="mxfp4"), (DECODE[2], MIXED)),
+    (
+        replace(_SMALL, name="small-bf16-mxfp4", dtype=torch.bfloat16, linear="mxfp4", routed="mxfp4"),
+        (DECODE[1], DECODE[2], MIXED),
+    ),
     (_M3_TP1, ALL_STEPS),
     (replace(_M3_TP1, name="tp1-fp8", fp8=True), ALL_STEPS),
     (replace(_SMALL, name="small64-fp32", dim=64, index_heads=1, shared=False), (DECODE[2], MIXED)),
@@ -106,6 +135,16 @@ OTHERS: Classes = (
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
+
+
+def make_weight(kind: str, *shape: int, dtype: torch.dtype) -> Weight:
+    """kind: the format, or "" for a tensor of `dtype`."""
+    if not kind:
+        return meta(*shape, dtype=dtype)
+    *outer, columns = shape
+    values = meta(*outer, columns // 2 if kind == "mxfp4" else columns, dtype=torch.uint8)
+    scales = meta(*outer, columns // 32, dtype=torch.uint8)
+    return MXWeight("mxfp4" if kind == "mxfp4" else "mxfp8", values, scales)
 
 
 def make_batch(step: Step) -> StepBatch:
@@ -185,7 +224,7 @@ def layer_operations(kernels: KernelSet, rank: Rank, batch: StepBatch) -> Iterat
         "down": (hidden, rank.dense_width),
     }
     for name, (outputs, inputs) in products.items():
-        packed = kernels.pack_linear(meta(outputs, inputs, dtype=dtype))
+        packed = kernels.pack_linear(make_weight(rank.linear, outputs, inputs, dtype=dtype))
         yield name, lambda packed=packed, inputs=inputs: kernels.linear(meta(tokens, inputs, dtype=dtype), packed)
     rows = len(batch.seq_lens_host)
     lm_head = kernels.pack_linear(meta(rank.vocab, hidden, dtype=dtype))
@@ -194,10 +233,8 @@ def layer_operations(kernels: KernelSet, rank: Rank, batch: StepBatch) -> Iterat
     gate = kernels.pack_linear(meta(rank.experts, hidden, dtype=torch.float32))
     bias = meta(rank.experts, dtype=torch.float32)
     routing = RouteParams(rank.experts_per_token, 2.0, rank.shared)
-    experts = kernels.pack_experts(
-        meta(rank.experts + rank.shared, 2 * rank.width, hidden, dtype=dtype),
-        meta(rank.experts + rank.shared, hidden, rank.width, dtype=dtype),
-    )
+    weight = partial(make_weight, rank.routed, rank.experts + rank.shared, dtype=dtype)
+    experts = kernels.pack_experts(weight(2 * rank.width, hidden), weight(hidden, rank.width))
     yield "route", lambda: kernels.route(x, gate, bias, routing)
     yield "experts", lambda: kernels.experts(x, experts, *kernels.route(x, gate, bias, routing), ACT)
 
@@ -265,10 +302,10 @@ def record(arch: str, everything: bool) -> Recording:
     """Run every operation in every class of shapes."""
     recorder = Recorder(arch)
     kernels = triton_set.bind(recorder.target, META)
-    errors = drive(kernels, recorder, TESTED)
+    errors = drive(kernels, recorder, TESTED) | make_page_tables(recorder, TESTED)
     num_tested = len(recorder.launches)
     if everything:
-        errors |= drive(kernels, recorder, OTHERS)
+        errors |= drive(kernels, recorder, OTHERS) | make_page_tables(recorder, OTHERS)
     return Recording(list(recorder.launches.values()), num_tested, errors)
 
 
@@ -280,6 +317,8 @@ def drive(kernels: KernelSet, recorder: Recorder, classes: Classes) -> dict[str,
             batch = make_batch(step)
             for make in (layer_operations, attention_operations, decode_operations):
                 for name, run in make(kernels, rank, batch):
+                    if rank.only and name not in rank.only:
+                        continue
                     recorder.shape_class = f"{rank.name}/{name}/{step.name}"
                     try:
                         run()
@@ -288,6 +327,26 @@ def drive(kernels: KernelSet, recorder: Recorder, classes: Classes) -> dict[str,
                         errors[recorder.shape_class] = (
                             f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
                         )
+    return errors
+
+
+def make_page_tables(recorder: Recorder, classes: Classes) -> dict[str, str]:
+    """What the aiter backend launches beside the triton backend's operations, by decode rows of each class."""
+    errors: dict[str, str] = {}
+    for rank, steps in classes:
+        for step in steps:
+            batch = make_batch(step)
+            selection = make_selection(rank, 0).first(batch.num_tokens)
+            recorder.shape_class = f"{rank.name}/page_tables/{step.name}"
+            for segment in batch.segments:
+                if segment.phase == "prefill":
+                    continue
+                try:
+                    triton_pages.selected_pages(
+                        recorder.target, selection, batch, segment, num_kv_heads=rank.kv_heads, small_page=16
+                    )
+                except Exception as error:  # as in drive
+                    errors[recorder.shape_class] = f"{type(error).__name__}: {error}"
     return errors
 
 

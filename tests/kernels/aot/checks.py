@@ -47,16 +47,19 @@ class Exemption:
 _PARITY = "small models are for tests of parity, not for speed"
 _LATENCY = "a few integers or floats per row: bound by latency, not by bandwidth"
 _UNROLLED = "every wave has a whole row's loads in flight: fewer waves cover the latency"
+_MX_SCALES = "the scales of a tile are one or two bytes per thread"
 _TP1 = "M3 in bf16 fits no single GPU: these shapes only have to run"
 EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption("matrix", "*", _PARITY, shape_class="small*"),
     Exemption("loads", "*", _PARITY, shape_class="small*"),
     Exemption("waves", "*", _TP1, shape_class="tp1-*"),
+    Exemption("loads", "*", _MX_SCALES, arch="gfx*", shape_class="*-mxfp[48]/*"),
     Exemption("loads", "topk.select_decode", _LATENCY),
     Exemption("loads", "unions._build_kernel", _LATENCY),
     Exemption("loads", "moe_many._sort_pairs_kernel", _LATENCY),
     Exemption("loads", "route._select_kernel", _LATENCY),
     Exemption("loads", "prepare._prepare_kernel", _LATENCY),
+    Exemption("loads", "pages._tables_kernel", _LATENCY),
     Exemption("loads", "topk.select_prefill", "reads whole sectors of several tokens: one score of each per thread"),
     Exemption("loads", "decode._merge_kernel", "two splits of 128 floats are 8 bytes per thread", arch="gfx*"),
     Exemption("loads", "sample._chunk_kernel", "a chunk of bf16 logits is 8 bytes per thread", arch="gfx*"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-from engine.graphs import decode_buckets
+from engine.capacity import decode_buckets
 from engine.kernels import triton_set
 from engine.warm_up import warm_up_chunks
-from tests.kernels.aot.cases import M3_TP4, MAX_PAGES, MAX_ROWS, MAX_TOKENS, META, PAGE, Step, drive
+from tests.kernels.aot.cases import M3_TP4, MAX_PAGES, MAX_ROWS, MAX_TOKENS, META, MXFP8_TP4, PAGE, Rank, Step, drive
 from tests.kernels.aot.record import ARCHS, Recorder
 
 MAX_MODEL_LEN = MAX_PAGES * PAGE
@@ -32,19 +32,24 @@ def random_step(rng: random.Random) -> Step:
     return Step(f"random of {len(rows)} rows", tuple(rows))
 
 
-def compiled_late(arch: str) -> list[str]:
+def compiled_late(arch: str, rank: Rank) -> list[str]:
     """Launches of random steps that are none of start-up's."""
     recorder = Recorder(arch)
     kernels = triton_set.bind(recorder.target, META)
     rng = random.Random(0)
-    errors = drive(kernels, recorder, ((M3_TP4, start_up_steps()),))
+    errors = drive(kernels, recorder, ((rank, start_up_steps()),))
     num_compiled = len(recorder.launches)
-    errors |= drive(kernels, recorder, ((M3_TP4, tuple(random_step(rng) for _ in range(NUM_STEPS))),))
+    errors |= drive(kernels, recorder, ((rank, tuple(random_step(rng) for _ in range(NUM_STEPS))),))
     assert not errors, errors
     return [launch.key for launch in list(recorder.launches.values())[num_compiled:]]
 
 
 if __name__ == "__main__":
-    late = [f"{key}: not compiled at start" for arch in ARCHS for key in compiled_late(arch)]
+    late = [
+        f"{key}: not compiled at start"
+        for arch in ARCHS
+        for rank in (M3_TP4, MXFP8_TP4)
+        for key in compiled_late(arch, rank)
+    ]
     print("\n".join(late))
     raise SystemExit(1 if late else 0)
