@@ -74,8 +74,10 @@ MOE_16: PairByFormat = {
         _narrow(_table(_few(64, 128, 2, 2, 3), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
     ),
 }
-_MOE_64 = _narrow(_table(_few(64, 128, 1, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
-MOE_64: PairByFormat = dict.fromkeys(("mxfp8", "mxfp4"), (_MOE_64, _MOE_64))
+_MOE_64_GATE_UP = _narrow(_table(_few(64, 128, 1, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
+_MOE_64_DOWN = _narrow(_table(_few(128, 128, 1, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
+_MOE_64_SPLIT = _narrow(_table(_few(32, 128, 1, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
+MOE_64: PairByFormat = {"mxfp8": (_MOE_64_GATE_UP, _MOE_64_DOWN), "mxfp4": (_MOE_64_SPLIT, _MOE_64_SPLIT)}
 
 
 # --- Many tokens: tiles of BLOCK_M pairs, or BLOCK_T tokens, on the N side of the products ---
@@ -91,13 +93,26 @@ def _tokens(config: LaunchConfig) -> LaunchConfig:
 
 
 _INTERPRET_MANY = replace(_many(16, 64, 32, 4, 2), tiles={**_many(16, 64, 32, 4, 2).tiles, "GROUP_M": 2})
-_SHORT = _table(_many(64, 64, 128, 4, 3), _many(64, 64, 128, 4, 2), _many(64, 64, 128, 4, 2), _INTERPRET_MANY)
-_LONG = _table(_many(128, 128, 128, 8, 3), _many(128, 128, 64, 8, 2), _many(128, 128, 64, 8, 2), _INTERPRET_MANY)
+
+
+def _both(sm90: LaunchConfig, amd: LaunchConfig) -> Table:
+    return _table(sm90, amd, amd, _INTERPRET_MANY)
+
+
+# mxfp4 on sm_90 keeps to 32 rows, that is to mma.sync: its two wgmma a turn, both with an operand in registers, were
+# seen to give wrong sums in the first calls of a process (Triton 3.6).
+_SHORT_8 = _both(_many(32, 64, 128, 4, 3), _many(64, 64, 128, 4, 2))
+_SHORT_4 = _both(_many(32, 32, 128, 4, 3), _many(64, 64, 128, 4, 2))
+_LONG_8 = _both(_many(256, 128, 64, 8, 3), _many(128, 128, 64, 8, 2))
+_LONG_4 = _both(_many(128, 32, 128, 4, 2), _many(128, 128, 64, 8, 2))
 # Few pairs per expert: bound by the weights.
-MOE_SHORT: PairByFormat = dict.fromkeys(("mxfp8", "mxfp4"), (_SHORT, _SHORT))
-MOE_MANY: PairByFormat = dict.fromkeys(("mxfp8", "mxfp4"), (_LONG, _LONG))
-_LINEAR_MANY: Table = {arch: _tokens(config) for arch, config in _SHORT.items()}
-LINEAR_MANY: ByFormat = dict.fromkeys(("mxfp8", "mxfp4"), _LINEAR_MANY)
+MOE_SHORT: PairByFormat = {"mxfp8": (_SHORT_8, _SHORT_8), "mxfp4": (_SHORT_4, _SHORT_4)}
+MOE_MANY: PairByFormat = {"mxfp8": (_LONG_8, _LONG_8), "mxfp4": (_LONG_4, _LONG_4)}
+_LINEAR_MANY_8 = _both(_many(64, 64, 128, 4, 3), _many(64, 64, 128, 4, 2))
+LINEAR_MANY: ByFormat = {
+    "mxfp8": {arch: _tokens(config) for arch, config in _LINEAR_MANY_8.items()},
+    "mxfp4": {arch: _tokens(config) for arch, config in _SHORT_4.items()},
+}
 # From more tokens on, the weight is converted for the vendor's GEMM.
 LINEAR_MAX_TOKENS: dict[str, int] = {SM90: 256, GFX942: 256, GFX950: 256, INTERPRET: 96}
 DEQUANTISE: Table = {
