@@ -201,7 +201,8 @@ def test_serve_says_when_it_is_ready_and_finishes_what_runs_at_sigterm(serve_com
     ) as response:
         lines = response.iter_lines()
         texts = [json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"]]
-        assert 'm3_num_requests_running{engine="0",model_name="mine"} 1.0' in httpx.get(metrics).text
+        running = 'm3_num_requests_running{engine="0",model_name="mine"} 1.0'
+        wait_until(lambda: running in httpx.get(metrics).text, timeout_s=10, what="a step that is told")
         command.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
