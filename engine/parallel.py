@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from engine.capacity import local_heads, split_error
 from engine.config import ModelConfig
 from engine.errors import ConfigError
-from engine.probes import LayerProbe
+from engine.probes import LayerProbe, Mark
 
 
 @dataclass(slots=True)
@@ -51,8 +49,9 @@ class TensorParallel:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
         if self.size > 1:
-            with self._probed():
-                dist.all_reduce(x)
+            started = None if self.probe is None else self.probe.start()
+            dist.all_reduce(x)
+            self._stop(started)
         return x
 
     def all_gather_last(self, x: Tensor) -> Tensor:
@@ -60,13 +59,11 @@ class TensorParallel:
         if self.size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with self._probed():
-            dist.all_gather(parts, x.contiguous())
+        started = None if self.probe is None else self.probe.start()
+        dist.all_gather(parts, x.contiguous())
+        self._stop(started)
         return torch.cat(parts, dim=-1)
 
-    @contextmanager
-    def _probed(self) -> Iterator[None]:
-        started = None if self.probe is None else self.probe.start()
-        yield
+    def _stop(self, started: Mark | None) -> None:
         if self.probe is not None and started is not None:
             self.probe.stop_collective(started)

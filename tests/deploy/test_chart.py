@@ -345,7 +345,7 @@ def test_notes_show_a_request_and_what_this_version_cannot_do() -> None:
     assert "runs tensor-parallel groups on CPU only" in gpu
     assert '"model": "demo-untrained-v1"' in demo
     assert "WARNING" not in demo
-    assert "does not load mxfp8" in notes("-f", str(CHART / "examples" / "h100-8.yaml"))
+    assert "WARNING" not in notes("--set", "engine.tensorParallelSize=1,engine.replicas=8,model.format=none")
     assert "4 GPUs are asked for and not used" in notes("--set", "engine.tensorParallelSize=4,model.format=mxfp8")
     assert "9 are enough whatever Ray does" not in gpu
 

@@ -125,7 +125,7 @@ LIKE_AITER = """
 from tests.kernels.aiter.reference import Aiter
 from tests.kernels.aiter.signatures import load
 ActivationType = QuantType = dtypes = object()
-library = Aiter(load()["e4048607"])
+reference = Aiter(load()["e4048607"])
 """
 
 
@@ -135,14 +135,14 @@ def write_reference_package(directory: Path) -> None:
     write(
         directory,
         "aiter/__init__.py",
-        f"{LIKE_AITER}{insert.name} = library.lookup('{insert.module}', '{insert.name}')",
+        f"{LIKE_AITER}{insert.name} = reference.lookup('{insert.module}', '{insert.name}')",
     )
     for package in ("aiter/ops", "aiter/ops/triton", "aiter/ops/triton/gluon"):
         write(directory, f"{package}/__init__.py", "")
     write(
         directory,
         f"{attend.module.replace('.', '/')}.py",
-        f"from aiter import library\n{attend.name} = library.lookup(__name__, '{attend.name}')",
+        f"from aiter import reference\n{attend.name} = reference.lookup(__name__, '{attend.name}')",
     )
 
 
@@ -188,7 +188,7 @@ def test_the_engine_reports_what_computes(packages: Path) -> None:
             info = llm.info
     assert info.backend == "aiter" and tokens["aiter"] == tokens["torch"]
     assert info.kernels["attend_sparse"].endswith("these are float32, float32, float32)")
-    assert sys.modules["aiter"].library.calls == []
+    assert sys.modules["aiter"].reference.calls == []
 
 
 TABLE = torch.tensor([[5, 2, 7, 0], [1, 4, 0, 0]], dtype=torch.int32)  # two requests, on 8 pages
