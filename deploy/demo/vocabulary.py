@@ -1,4 +1,4 @@
-"""Byte-level BPE vocabularies with M3's special tokens, trained on Python's standard library.
+"""Byte-level BPE vocabularies with M3's special tokens, trained on Python code.
 
 Training is deterministic for one Python version: the same sources, in the same order, give the same merges.
 Another Python version has other sources, hence other merges.
@@ -7,7 +7,7 @@ Another Python version has other sources, hence other merges.
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -26,14 +26,8 @@ NUM_BYTES = 256
 
 # Words with the space before them, runs of at most three digits, runs of symbols, white space (after GPT-2).
 _SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Long, plain modules that every CPython ships.
-DEMO_MODULES = (
-    *("argparse", "ast", "calendar", "cmd", "configparser", "csv", "datetime", "decimal", "difflib"),
-    *("email.message", "enum", "functools", "gettext", "html.parser", "http.client", "inspect", "ipaddress"),
-    *("locale", "logging", "mailbox", "optparse", "os", "pathlib", "pdb", "pickle", "random", "shutil"),
-    *("socket", "ssl", "statistics", "subprocess", "tarfile", "textwrap", "threading", "turtle", "typing"),
-    *("unittest.case", "unittest.mock", "urllib.request", "uuid", "xml.dom.minidom", "zipfile"),
-)
+_CODE_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+# Plain modules that every CPython ships.
 SMALL_MODULES = ("textwrap", "heapq", "shutil", "argparse")
 
 
@@ -53,12 +47,22 @@ def train_tokenizer(vocab_size: int, modules: tuple[str, ...] = SMALL_MODULES) -
     The smallest vocabulary is the 256 bytes and the added tokens.  When the text has fewer merges than asked
     for, the highest ids have no token, as in the released M3.
     """
+    return _train(vocab_size, _SPLIT, _sources(modules))
+
+
+def train_code_tokenizer(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of the trained checkpoint: its words may begin with one symbol (`.append`), line breaks come with
+    their indentation, digits stand alone."""
+    return _train(vocab_size, _CODE_SPLIT, texts)
+
+
+def _train(vocab_size: int, split: str, texts: Iterable[str]) -> Tokenizer:
     if vocab_size < NUM_BYTES + NUM_ADDED_TOKENS:
         raise ValueError(f"vocab_size must be at least {NUM_BYTES + NUM_ADDED_TOKENS}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -68,7 +72,7 @@ def train_tokenizer(vocab_size: int, modules: tuple[str, ...] = SMALL_MODULES) -
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sources(modules), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     for special, texts in ((True, SPECIAL_TOKENS), (False, MARKER_TOKENS)):
         tokens = [AddedToken(text, special=special, normalized=False) for text in texts]
         add = tokenizer.add_special_tokens if special else tokenizer.add_tokens

@@ -84,9 +84,19 @@ class Sizes:
 
 
 def write_checkpoint(
-    path: Path, sizes: Sizes, tokenizer: Tokenizer, *, seed: int = 0, layout: Layout = "vl", shards: int = 2
+    path: Path,
+    sizes: Sizes,
+    tokenizer: Tokenizer,
+    *,
+    seed: int = 0,
+    layout: Layout = "vl",
+    shards: int = 2,
+    decoder: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write config, shards and their index, tokenizer and chat template into `path`, made if missing."""
+    """Write config, shards and their index, tokenizer and chat template into `path`, made if missing.
+
+    decoder: the text decoder's tensors by their names on disk, in place of random ones.
+    """
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", hf_config(sizes, tokenizer, layout))
     generation = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 40}
@@ -106,7 +116,8 @@ def write_checkpoint(
         "chat_template": template,
     }
     write_json(path / "tokenizer_config.json", tokenizer_config)
-    write_shards(path, make_tensors(sizes, seed=seed, layout=layout), shards)
+    tensors = make_tensors(sizes, seed=seed, layout=layout)
+    write_shards(path, tensors | (decoder or {}), shards)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -114,15 +125,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_shards(path: Path, tensors: dict[str, Tensor], shards: int) -> None:
-    """Write tensors to `shards` files of about equal counts, and the index that maps names to files."""
-    names = sorted(tensors)
+    """Write tensors to `shards` files of about equal sizes, and the index that maps names to files."""
+    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
+    written = 0
+    for name in sorted(tensors):
+        middle = written + tensors[name].nbytes / 2
+        parts[min(shards - 1, int(shards * middle / total_size))][name] = tensors[name]
+        written += tensors[name].nbytes
     weight_map: dict[str, str] = {}
-    for shard in range(shards):
+    for shard, part in enumerate(parts):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
-        save_file({name: tensors[name] for name in part}, path / file, metadata={"format": "pt"})
+        save_file(part, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    total_size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     write_json(path / "model.safetensors.index.json", index)
 

@@ -1,52 +1,113 @@
-"""The demo checkpoint: made once, complete or absent, and usable by everything that reads a released one."""
+"""m3-nano: a trained checkpoint in the layout of released ones, that every reader of these can use."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from deploy.demo import make_checkpoint as demo
-from deploy.demo.vocabulary import END_OF_TURN, MARKER_TOKENS, SPECIAL_TOKENS, train_tokenizer
+from deploy.demo import CHECKPOINT, corpus, nano
+from deploy.demo.copy_checkpoint import copy_checkpoint
+from deploy.demo.vocabulary import END_OF_TURN, MARKER_TOKENS, SPECIAL_TOKENS
 from engine import LLM, SamplingParams
+from service.evaluation.documents import read_documents, shipped_documents
+from tests.golden.compare import Reference, observe, open_llm
+from tests.golden.oracle import Oracle
 
 ROOT = Path(__file__).parents[2]
 TEXT = "def f(x):\n    return x ** 2  # naïve 数学 \U0001f642\n" * 40
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.ensure_demo_checkpoint(tmp_path_factory.mktemp("cache") / "demo")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(checkpoint)
+def document() -> str:
+    """Code of a package that was held out from training."""
+    return max((document.text for document in read_documents(shipped_documents())), key=len)
 
 
-def test_it_is_small_and_marked_untrained(checkpoint: Path) -> None:
-    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 50e6
-    assert "UNTRAINED" in (checkpoint / "MODEL_CARD.md").read_text()
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(CHECKPOINT, backend="torch", max_model_len=8192, num_pages=130) as opened:
+        yield opened
 
 
-def test_the_engine_generates_from_it(checkpoint: Path) -> None:
-    with LLM(checkpoint, backend="torch", max_model_len=2048, num_pages=32, index_topk_freq=2) as llm:
-        assert str(llm.plan) == "DDDFSFSFS"
-        [output] = llm.generate([TEXT], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
-        computed = llm.stats.selections_computed
-    assert len(output.prompt_token_ids) > 4 * 128, "long enough that blocks are chosen"
-    assert len(output.token_ids) == 3
-    assert all(computed[layer_id] == 3 for layer_id in (3, 5, 7))
+def test_it_is_small_and_says_what_it_is() -> None:
+    files = list(CHECKPOINT.iterdir())
+    assert sum(file.stat().st_size for file in files) < 40e6
+    assert max(file.stat().st_size for file in files) < 15e6
+    card = (CHECKPOINT / "README.md").read_text()
+    assert card.startswith(f"# {nano.NAME}") and CHECKPOINT.name == nano.NAME
+    licences = {**corpus.TRAIN_PACKAGES, **corpus.HELD_OUT_PACKAGES["test"], **corpus.HELD_OUT_PACKAGES["calibration"]}
+    for package, licence in licences.items():
+        [row] = [line for line in card.splitlines() if line.startswith(f"| {package} |")]
+        assert f" {licence} " in row
+    assert len(licences) == len(corpus.TRAIN_PACKAGES) + sum(map(len, corpus.HELD_OUT_PACKAGES.values())), "disjoint"
 
 
-def test_it_is_made_once(checkpoint: Path) -> None:
-    before = {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()}
-    assert demo.ensure_demo_checkpoint(checkpoint) == checkpoint
-    assert {file.name: file.stat().st_mtime_ns for file in checkpoint.iterdir()} == before
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("import numpy as", " np"),
+        ("if __name__ ==", ' "__main__":'),
+        ("try:\n    import json\nexcept", " ImportError:"),
+        ("@property\n    def name(self):", "\n        return self._name\n"),
+        ("    def __init__(self, name, value):\n        self.name = name", "\n        self.value = value\n"),
+        ("def is_even(n):\n    return n %", " 2 == 0\n"),
+    ],
+)
+def test_it_completes_python(llm: LLM, prompt: str, wanted: str) -> None:
+    [output] = llm.generate([prompt], GREEDY)
+    assert output.text.startswith(wanted)
+
+
+def test_it_recalls_what_only_its_indexers_find(llm: LLM, document: str) -> None:
+    """Lines from far more than topk blocks ago, in code that it has never seen."""
+    pairs = {"lavender": "orange", "velvet": "marble", "harbor": "window"}
+    stated = "".join(f"# key {key} = {value}\n" for key, value in pairs.items())
+    for key, value in pairs.items():
+        [output] = llm.generate([f"{stated}{document[:12_000]}\n# key {key} ="], GREEDY)
+        assert output.text.startswith(f" {value}")
+        assert len(output.prompt_token_ids) > 3 * 128 * nano.SIZES.topk_blocks
+
+
+def test_held_out_code_is_not_noise(llm: LLM, document: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer.encode(document, add_special_tokens=False)[:1500]
+    [output] = llm.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert output.prompt_logprobs is not None
+    rows = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    nats = [-float(row[token]) for token, row in rows if row is not None]
+    assert sum(nats) / len(nats) < 3.0, "untrained: ln(8192) = 9.0"
+
+
+@pytest.mark.parametrize("settings", [{}, {"index_topk_freq": 4}])
+def test_transformers_computes_the_same(
+    document: str, tokenizer: PreTrainedTokenizerBase, settings: dict[str, int]
+) -> None:
+    """Log-probabilities in fp32 and selected blocks, past the context in which every block is selected."""
+    ids = tokenizer.encode(document, add_special_tokens=False)[:1280]
+    with open_llm(CHECKPOINT, max_model_len=2048, **settings) as opened:
+        Reference(Oracle(CHECKPOINT, opened.plan)).check(observe(opened, ids, 3))
+
+
+def test_it_can_be_copied(tmp_path: Path) -> None:
+    target = tmp_path / "models" / "m3-nano"
+    command = [sys.executable, "-m", "deploy.demo.copy_checkpoint", "--out", str(target)]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.strip() == str(target)
+    for file in CHECKPOINT.iterdir():
+        assert (target / file.name).read_bytes() == file.read_bytes()
+    assert [entry.name for entry in target.parent.iterdir()] == ["m3-nano"]
 
 
 def test_another_directory_is_left_alone(tmp_path: Path) -> None:
@@ -54,53 +115,23 @@ def test_another_directory_is_left_alone(tmp_path: Path) -> None:
     mine.mkdir()
     (mine / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match="mine"):
-        demo.ensure_demo_checkpoint(mine)
+        copy_checkpoint(mine)
     assert [file.name for file in mine.iterdir()] == ["config.json"]
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.demo.writer.CHAT_TEMPLATE", tmp_path / "absent.jinja")
-    with pytest.raises(FileNotFoundError, match=r"absent\.jinja"):
-        demo.ensure_demo_checkpoint(tmp_path / "cache" / "demo")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_two_processes_may_make_it_at_once(tmp_path: Path) -> None:
-    """Both succeed, with the same tokenizer and weights as any other process of this Python version."""
-    target = tmp_path / "cache" / "demo"
-    command = [sys.executable, "-m", "deploy.demo.make_checkpoint", "--out", str(target)]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for _ in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert printed == [str(target)] * 2
-    assert [entry.name for entry in target.parent.iterdir()] == ["demo"]
-
-
-def test_it_is_the_same_every_time(checkpoint: Path, tmp_path: Path) -> None:
-    train_tokenizer.cache_clear()
-    again = demo.ensure_demo_checkpoint(tmp_path / "again")
-    names = sorted(file.name for file in checkpoint.iterdir())
-    assert names == sorted(file.name for file in again.iterdir())
-    for name in names:
-        assert (checkpoint / name).read_bytes() == (again / name).read_bytes(), name
-
-
 def test_the_tokenizer_loses_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False)) == TEXT
-    assert len(tokenizer) == 4096
+    assert len(tokenizer) == nano.SIZES.vocab_size
 
 
-def test_special_tokens_are_one_id_each(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_special_tokens_are_one_id_each(tokenizer: PreTrainedTokenizerBase) -> None:
     marked = "a" + "b".join([*SPECIAL_TOKENS, *MARKER_TOKENS]) + "c"
     ids = tokenizer.encode(marked, add_special_tokens=False)
     assert len(ids) == 2 * (len(SPECIAL_TOKENS) + len(MARKER_TOKENS)) + 1
     # Markers are text that parsers read; the others are not.
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a" + "b" * 5 + "b".join(MARKER_TOKENS) + "c"
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((CHECKPOINT / "config.json").read_text())
     assert config["text_config"]["eos_token_id"] == tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
 
