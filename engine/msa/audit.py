@@ -1,4 +1,8 @@
-"""What reuse did to the selection: overlap of a reuse layer's selection with the one it would have made itself."""
+"""What reuse does to the selection: overlap of what a reuse layer reads with the selection it would make itself.
+
+Measured on audited steps, also while the guard has the layer select for itself: then of what it would have read. The
+forced blocks count: they are in both selections, so of 16 blocks with one forced the overlap is 1/16 at the least.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,8 @@ class Audit:
     def record(self, layer_id: int, fresh: Selection, reused: Selection, positions: Tensor) -> None:
         """Add |fresh ∩ reused| / |fresh| of every (token, index head) that had more candidates than it could take.
 
-        positions: int64 [num_tokens]. Tokens with at most topk candidates take them all: they say nothing.
+        Tokens with at most topk candidates take them all: they say nothing.
+        reused: what the layer attended with, or would have.  positions: int64 [num_tokens].
         """
         num_heads, _, topk = fresh.blocks.shape
         had_choice = positions // PAGE_SIZE >= topk

@@ -6,6 +6,7 @@ same step: there is no key and no miss. IndexPlan proved at load that every reus
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ Observer = Callable[[int, StepBatch, Selection], None]
 class IndexCache:
     """Fixed buffers for one Selection, and a second one for the audit's shadow selections.
 
+    `plan` is that by which the next step runs.
     `observer`, when set, sees every layer's final selection (eager runs only).
     `computed` and `reused` count, per layer, how often the layer selected afresh or read its source's selection.
     """
@@ -48,14 +50,14 @@ class IndexCache:
             shape = (num_index_heads, max_groups, group_tokens * topk_blocks)
             entries = torch.zeros(shape, dtype=torch.int32, device=device)
             unions = BlockUnions(group_tokens, entries, torch.zeros(shape[:2], dtype=torch.int32, device=device))
-        self._plan = plan
+        self.plan = plan
         self._selection = buffers(unions)
         # A shadow selection is compared, not attended with.
         self._shadow = buffers(None) if audited and plan.layers(Role.REUSE) else None
         self._written_by = -1
         self.observer: Observer | None = None
-        self.computed = dict.fromkeys(plan.layers(Role.COMPUTE), 0)
-        self.reused = dict.fromkeys(plan.layers(Role.REUSE), 0)
+        self.computed: Counter[int] = Counter()
+        self.reused: Counter[int] = Counter()
 
     def begin_step(self) -> None:
         """Forget who wrote last: a layer that read before its source wrote would trip the assertion in `current`."""
@@ -69,12 +71,12 @@ class IndexCache:
 
     def current(self, layer_id: int, num_tokens: int) -> Selection:
         """The selection that reuse layer `layer_id` attends with, as its source left it."""
-        assert self._written_by == self._plan.source(layer_id), "layers ran out of order"
+        assert self._written_by == self.plan.source(layer_id), "layers ran out of order"
         self.reused[layer_id] += 1
         return self._selection.first(num_tokens)
 
     def shadow(self, num_tokens: int) -> Selection:
-        """Scratch of the same shape for an audit's fresh selection; overwritten by the next audit."""
+        """Scratch of the same shape for the other selection that an audit compares with, without unions."""
         assert self._shadow is not None, "shadow selections exist in audited mode only"
         return self._shadow.first(num_tokens)
 
@@ -85,6 +87,6 @@ class IndexCache:
     def take_counts(self) -> tuple[dict[int, int], dict[int, int]]:
         """(computed, reused) per layer since the last call."""
         counts = dict(self.computed), dict(self.reused)
-        self.computed = dict.fromkeys(self.computed, 0)
-        self.reused = dict.fromkeys(self.reused, 0)
+        self.computed.clear()
+        self.reused.clear()
         return counts

@@ -8,17 +8,16 @@ layers, and the searched patterns, come from IndexCache (arXiv 2603.12201).
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.msa.plan_file import PlanFile, read_plan_file
 
-PLAN_FILE_FORMAT = "m3serve-index-plan"
-PLAN_FILE_MAX_BYTES = 16 * 2**20
 KNOBS = ("use_index_cache", "index_topk_freq", "index_topk_pattern", "index_skip_topk_offset", "index_plan_file")
 _SCHEDULES = ("index_topk_freq", "index_topk_pattern", "index_plan_file")
 
@@ -99,14 +98,37 @@ class IndexPlan:
 
 @dataclass(frozen=True, slots=True)
 class IndexKnobs:
-    """The user's knobs after their sources were merged and checked; `build_plan` turns them into an IndexPlan."""
+    """The user's knobs after their sources were merged and checked; `build_plan` turns them into an IndexPlan.
+
+    plan_file: where the pattern comes from, if from a file.  is_default: no source says anything.
+    """
 
     freq: int = 1
     offset: int = 0
     pattern: str | None = None
+    plan_file: PlanFile | None = field(default=None, compare=False)
+    is_default: bool = field(default=False, compare=False)
 
     def build_plan(self, is_sparse: Sequence[bool]) -> IndexPlan:
         return IndexPlan.build(is_sparse, freq=self.freq, offset=self.offset, pattern=self.pattern)
+
+    def note(self, model_dir: str, *, exact_tokens: int, max_tokens: int) -> tuple[int, str] | None:
+        """What the user should know about where the plan comes from: level of logging and one line.
+
+        exact_tokens: up to so many, all blocks are selected under every plan.  max_tokens: of a context.
+        """
+        if self.plan_file is not None:
+            path = self.plan_file.path
+            if self.plan_file.checkpoint_hash is None:
+                unchecked = "it has no checkpoint_hash, so nothing says that it suits these weights"
+                return logging.WARNING, f"index plan from {path}: {unchecked}"
+            return logging.INFO, f"index plan from {path}, calibrated on these weights"
+        if self.is_default and max_tokens > exact_tokens:
+            return logging.INFO, (
+                f"index plan: every sparse layer selects for itself; `m3serve calibrate --model {model_dir}` finds "
+                f"which can share beyond {exact_tokens} tokens of context"
+            )
+        return None
 
 
 def resolve_knobs(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> IndexKnobs:
@@ -151,11 +173,14 @@ def resolve_knobs(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> IndexKnobs
     if enabled is False:
         return IndexKnobs()
     pattern = merged.get("index_topk_pattern")
+    plan_file = None
     if "index_plan_file" in merged:
-        pattern = read_plan_file(Path(merged["index_plan_file"]))
+        plan_file = read_plan_file(Path(merged["index_plan_file"]))
+        pattern = plan_file.pattern
     # 0 means 1, as in ATOM.
     freq = merged.get("index_topk_freq", 1) or 1
-    return IndexKnobs(freq=freq, offset=merged.get("index_skip_topk_offset", 0), pattern=pattern)
+    offset = merged.get("index_skip_topk_offset", 0)
+    return IndexKnobs(freq=freq, offset=offset, pattern=pattern, plan_file=plan_file, is_default=not merged)
 
 
 def _asks(key: str, value: Any) -> bool:
@@ -173,20 +198,3 @@ def _check_knob(source: str, key: str, value: Any) -> None:
         raise ConfigError(f"{source}: {key} must be of type {expected.__name__}, got {value!r}")
     if isinstance(value, int) and value < 0:
         raise ConfigError(f"{source}: {key} must be >= {int(key == 'index_topk_freq')}, got {value}")
-
-
-def read_plan_file(path: Path) -> str:
-    """The F/S pattern of a plan file: JSON {"format": "m3serve-index-plan", "version": 1, "pattern": "FSSS..."}."""
-    try:
-        if not path.is_file():
-            raise ConfigError(f"index_plan_file {path} is not a file")
-        if path.stat().st_size > PLAN_FILE_MAX_BYTES:
-            raise ConfigError(f"index_plan_file {path} is larger than {PLAN_FILE_MAX_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"index_plan_file {path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != PLAN_FILE_FORMAT or content.get("version") != 1:
-        raise ConfigError(f'index_plan_file {path} must be JSON with "format": "{PLAN_FILE_FORMAT}", "version": 1')
-    if not isinstance(pattern := content.get("pattern"), str):
-        raise ConfigError(f'index_plan_file {path} needs "pattern": a string of F and S, got {pattern!r}')
-    return pattern

@@ -63,6 +63,34 @@ class ReuseSelector:
         return selection
 
 
+class SourceSelector(ComputeSelector):
+    """An F layer of an audited model: on audited steps it leaves a copy of its selection to the layers that the plan
+    has reuse it, for when those select for themselves."""
+
+    def __call__(self, index_q: Tensor | None, pages: KVPages, batch: StepBatch) -> Selection:
+        selection = super().__call__(index_q, pages, batch)
+        if batch.audit:
+            self.cache.shadow(batch.num_tokens).blocks.copy_(selection.blocks)
+        return selection
+
+
+class ComparedSelector(ComputeSelector):
+    """An S layer that selects for itself, since the plan was set aside: on audited steps it measures how far reuse
+    would have been from that. Its source, and every sparse layer between them, must select too."""
+
+    def __init__(
+        self, layer_id: int, cache: IndexCache, kernels: KernelSet, params: SelectParams, audit: Audit
+    ) -> None:
+        super().__init__(layer_id, cache, kernels, params)
+        self.audit = audit
+
+    def __call__(self, index_q: Tensor | None, pages: KVPages, batch: StepBatch) -> Selection:
+        fresh = super().__call__(index_q, pages, batch)
+        if batch.audit:
+            self.audit.record(self.layer_id, fresh, self.cache.shadow(batch.num_tokens), batch.positions)
+        return fresh
+
+
 class AuditedSelector:
     """An S layer that keeps its indexer: reads like a ReuseSelector, and on audited steps measures the difference."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.msa.plan import KNOBS, IndexKnobs, IndexPlan, Role, read_plan_file, resolve_knobs
+from engine.msa.plan import KNOBS, IndexKnobs, IndexPlan, Role, resolve_knobs
+from engine.msa.plan_file import PlanFile, read_document, read_plan_file, write_document
 
 M3 = [False] * 3 + [True] * 57
 
@@ -257,7 +259,9 @@ GOOD = {"format": "m3serve-index-plan", "version": 1, "pattern": "FSF"}
 
 def test_plan_file_is_a_pattern(tmp_path: Path) -> None:
     file = write(tmp_path / "plan.json", GOOD | {"evidence": [1, 2]})
-    assert read_plan_file(file) == "FSF"
+    assert read_plan_file(file) == PlanFile(file, "FSF")
+    full = write(tmp_path / "calibrated.json", GOOD | {"checkpoint_hash": "ab", "topk_blocks": 8, "trials": {}})
+    assert read_plan_file(full) == PlanFile(full, "FSF", "ab", 8)
     assert resolve({"index_topk_freq": 2}, index_plan_file=str(file)) == IndexKnobs(pattern="FSF")
     assert resolve({"index_plan_file": str(file)}, index_topk_pattern="FFF") == IndexKnobs(pattern="FFF")
     assert resolve({"index_plan_file": str(file)}, index_topk_freq=4) == IndexKnobs(4)
@@ -277,6 +281,8 @@ def test_plan_file_is_a_pattern(tmp_path: Path) -> None:
         (GOOD | {"format": "other"}, "must be JSON with"),
         (GOOD | {"pattern": None}, 'needs "pattern": a string of F and S, got None'),
         (GOOD | {"pattern": ["F"]}, 'needs "pattern"'),
+        (GOOD | {"checkpoint_hash": 5}, '"checkpoint_hash" must be a string, got 5'),
+        (GOOD | {"topk_blocks": "8"}, "\"topk_blocks\" must be an integer, got '8'"),
     ],
 )
 def test_broken_plan_files(tmp_path: Path, content: Any, message: str) -> None:
@@ -293,3 +299,38 @@ def test_missing_and_oversized_plan_files(tmp_path: Path) -> None:
         file.truncate(16 * 2**20 + 1)
     with pytest.raises(ConfigError, match="is larger than 16777216 bytes"):
         read_plan_file(tmp_path / "big.json")
+
+
+def test_a_document_is_written_whole(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    write_document(file, {"pattern": "FS", "levels": [1]})
+    assert read_document(file) == {"format": "m3serve-index-plan", "version": 1, "pattern": "FS", "levels": [1]}
+    with pytest.raises(TypeError):
+        write_document(file, {"pattern": object()})
+    assert read_plan_file(file).pattern == "FS"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# --- what the user is told ---
+
+
+def note(knobs: IndexKnobs, max_tokens: int = 4096) -> tuple[int, str] | None:
+    return knobs.note("DIR", exact_tokens=2048, max_tokens=max_tokens)
+
+
+def test_the_origin_of_a_plan_is_told(tmp_path: Path) -> None:
+    by_hand = write(tmp_path / "hand.json", GOOD)
+    level, text = note(resolve({}, index_plan_file=str(by_hand))) or (0, "")
+    assert level == logging.WARNING and f"index plan from {by_hand}: it has no checkpoint_hash" in text
+    calibrated = write(tmp_path / "calibrated.json", GOOD | {"checkpoint_hash": "ab"})
+    level, text = note(resolve({}, index_plan_file=str(calibrated))) or (0, "")
+    assert level == logging.INFO and text == f"index plan from {calibrated}, calibrated on these weights"
+
+
+def test_who_sets_nothing_is_pointed_at_the_calibration() -> None:
+    level, text = note(resolve({})) or (0, "")
+    assert level == logging.INFO
+    assert "`m3serve calibrate --model DIR` finds which can share beyond 2048 tokens" in text
+    assert note(resolve({}), max_tokens=2048) is None, "below that every plan is the same"
+    for chosen in ({"index_topk_freq": 1}, {"use_index_cache": False}, {"index_topk_freq": 4}):
+        assert note(resolve({}, **chosen)) is None
