@@ -13,7 +13,7 @@ from deploy.grafana.spec import (
     Row,
     service_variables,
 )
-from deploy.promql import aggregate, rate, ratio, selector
+from deploy.promql import aggregate, increase, rate, ratio, selector
 
 _PROBED = "Measured on one step in probe_interval; empty between probed steps and while nothing runs."
 _AUDITED = "Needs index_reuse=audited and contexts longer than the selection; else empty."
@@ -59,7 +59,8 @@ def _saved(window: str) -> str:
 
 
 def _skip_rate(by: str, window: str) -> str:
-    # A layer has one role, so its share of reuse is 0 or 1 unless replicas differ: 0 must not be missing.
+    # A layer has one role, so its share of reuse is 0 or 1 unless replicas differ or a guard changed it: 0 must not be
+    # missing.
     reused = _selections(by, window, "reuse")
     everything = _selections(by, window)
     return ratio(f"({reused} or {everything} * 0)", everything)
@@ -70,9 +71,10 @@ def _overview() -> tuple[Panel, ...]:
         Panel(
             Kind.TEXT,
             "Plan",
-            "One letter per layer: D dense attention, F runs the indexer, S reuses what the nearest F above selected.",
+            "By which steps run now, and on how many engines. One letter per layer: D dense attention, F runs the "
+            "indexer, S reuses what the nearest F above selected. While a guard is active, every S is an F.",
             "none",
-            (Query(aggregate("count", "plan", selector("m3_engine_info", *ENGINE)), "{{plan}}"),),
+            (Query(f"{aggregate('sum', 'plan', selector('m3_index_plan_active', *ENGINE))} > 0", "{{plan}}"),),
             width=24,
             height=4,
         ),
@@ -250,6 +252,26 @@ def _audit() -> tuple[Panel, ...]:
             "suffix: pairs/s",
             (Query(rate("m3_index_overlap_count_total", "", WINDOW, *ENGINE), "audited"),),
             width=12,
+        ),
+        Panel(
+            Kind.STATES,
+            "Guard",
+            "Whether the audit's guard has every sparse layer select for itself, by engine. It does while overlaps are "
+            "below audit_overlap_floor; each change empties the prefix cache. Overlaps are measured on meanwhile.",
+            "none",
+            (Query(aggregate("max", "engine", selector("m3_index_guard_active", *ENGINE)), "engine {{engine}}"),),
+            width=12,
+            states=((0, "as planned", "green"), (1, "all layers select", "orange")),
+        ),
+        Panel(
+            Kind.STAT,
+            "Guard trips",
+            "How often guards became active within the time range. Many: see M3IndexGuardFlapping in the runbook.",
+            "none",
+            (Query(increase("m3_index_guard_trips_total", "", RANGE, *ENGINE)),),
+            width=12,
+            decimals=0,
+            thresholds=((1, "orange"),),
         ),
     )
 

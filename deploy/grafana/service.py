@@ -336,6 +336,28 @@ def _failover() -> tuple[Panel, ...]:
             thresholds=((0.5, "red"),),
             decimals=0,
         ),
+        Panel(
+            Kind.TIME_SERIES,
+            "Submits sent again",
+            "Submits that no replica accepted: they met one that was about to end, or stood still. A few around a death "
+            "are normal.",
+            "none",
+            (Query(increase("m3_submits_not_accepted_total", "", WINDOW, *MODEL), "not accepted"),),
+        ),
+        Panel(
+            Kind.STAT,
+            "Integrity",
+            "Requests whose logits were not finite, ends that replica and ingress counted differently, and page "
+            "accounting that did not balance, over the whole time range. Each should be 0.",
+            "none",
+            (
+                Query(increase("m3_requests_not_finite_total", "", RANGE, *MODEL), "not finite"),
+                Query(increase("m3_token_mismatches_total", "", RANGE, *MODEL), "token mismatches"),
+                Query(increase("m3_page_check_failures_total", "", RANGE, *MODEL), "page checks"),
+            ),
+            thresholds=((0.5, "red"),),
+            decimals=0,
+        ),
     )
 
 

@@ -43,6 +43,9 @@ class Thresholds:
     overlap: float = 0.8
     # Pairs of token and index head within 30 minutes.
     min_overlap_pairs: int = 1000
+    guard_active_for: str = "5m"
+    # Within an hour.
+    guard_trips: int = 3
     indexer_share: float = 0.25
 
 
@@ -256,6 +259,27 @@ def _index_cache(limits: Thresholds) -> Group:
                 f"Layer {{{{ $labels.layer }}}} of {_WHO} reuses a selection that does not fit",
                 "Only {{ $value | humanizePercentage }} of a fresh selection is in the reused one.",
                 guard=f"and {increase('m3_index_overlap_count_total', LAYER, '30m')} >= {limits.min_overlap_pairs}",
+            ),
+            Alert(
+                "M3IndexGuardActive",
+                "warning",
+                aggregate("max", ENGINE, "m3_index_guard_active"),
+                "> 0",
+                "0 or 1",
+                limits.guard_active_for,
+                f"{_SLOT}, selects in every sparse layer",
+                "Reused selections overlapped too little with fresh ones: the guard switched reuse off. Answers are "
+                "those of a plan without an S, and steps take longer.",
+            ),
+            Alert(
+                "M3IndexGuardFlapping",
+                "warning",
+                increase("m3_index_guard_trips_total", ENGINE, "1h"),
+                f"> {limits.guard_trips}",
+                "trips",
+                "0m",
+                f"{_SLOT}, switches the reuse of selections off and on",
+                "Its guard tripped {{ $value | humanize }} times within an hour. Each change empties the prefix cache.",
             ),
             Alert(
                 "M3IndexShareHigh",
