@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve monitor test lint format generate tools bench aot clean
+.PHONY: help serve monitor test faults lint format generate tools bench aot clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,6 +26,9 @@ monitor: $(INSTALLED) ## run Prometheus on the service of this machine (fetches 
 
 test: $(INSTALLED) tools ## run all tests
 	$(BIN)/python -m pytest
+
+faults: $(INSTALLED) ## kill and stop every kind of process under load, in rounds; prints a table (about 10 min)
+	$(BIN)/python -m tests.faults
 
 tools: $(INSTALLED) ## fetch helm, prometheus and hadolint into .tools where PATH has none
 	$(BIN)/python -m deploy.tools fetch

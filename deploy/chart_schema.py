@@ -38,10 +38,13 @@ NAMED = frozenset(
         "ingress_replicas",
         "graceful_shutdown_timeout_s",
         "metrics_dir",
+        "api_key_file",
     }
 )
-# Addresses, which follow from the pods, and what only the command line uses.
-NOT_IN_A_CLUSTER = frozenset({"host", "port", "data_host", "metrics_port", "ray_metrics_port"})
+# Addresses, which follow from the pods, what only the command line uses, and secrets, which stand in no value.
+NOT_IN_A_CLUSTER = frozenset(
+    {"host", "port", "data_host", "metrics_port", "ray_metrics_port", "tls_cert_file", "tls_key_file", "api_keys"}
+)
 
 
 def settings_schema() -> dict[str, Any]:

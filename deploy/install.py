@@ -32,7 +32,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-
 COMMANDS = (
     ("-m", "service.cli", "--help"),
     ("-m", "service.exporter", "--help"),
-    ("-m", "deploy.demo.make_checkpoint", "--help"),
+    ("-m", "deploy.demo.copy_checkpoint", "--help"),
     ("-c", "import service.app, service.serve_config"),
 )
 EXTRAS = ("traces",)

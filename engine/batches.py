@@ -59,6 +59,12 @@ class SlotTables:
             slot, index, page_id = to_device(np.array(cells).T.copy(), torch.int64, self.device).unbind()
             self.block_tables[slot, index] = page_id.int()
 
+    def keep(self, slots: list[int], tokens: Tensor) -> None:
+        """The newest tokens of slots, int64 [len(slots)]."""
+        where = to_device(slots, torch.int64, self.device)
+        # A row that is not finite ends; what may still run of it must not index past the vocabulary.
+        self.last_tokens.index_copy_(0, where, tokens.clamp(min=0))
+
     def batch(
         self, plan: StepPlan, residents: list[Resident | None], probe: Probe | None
     ) -> tuple[Tensor, StepBatch, list[int]]:

@@ -22,6 +22,9 @@ GIB = 2**30
 CPU_MEMORY_FRACTION = 0.5
 GPU_MEMORY_FRACTION = 0.85
 
+# The most that a rank sends of a sum by kernels. From there on NCCL, which sends each number once, is faster.
+ONE_SHOT_BYTES = 2**20
+SAMPLE_CHUNK = 1024  # tokens of which a captured step names a winner
 MX_GROUP = 32  # numbers that share one scale byte, along a row of a weight
 FP8_SCALE_BYTES = 4  # beside every stored fp8 vector
 FLOAT32 = 4
@@ -224,6 +227,20 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+def exchange_rows(ranks: int, hidden_size: int, element: int, max_rows: int) -> int:
+    """Up to how many rows of hidden states ranks exchange by kernels. element: bytes of a number.  max_rows: of a
+    decode step."""
+    return min(max_rows, ONE_SHOT_BYTES // ((ranks - 1) * hidden_size * element))
+
+
+def exchange_bytes(ranks: int, hidden_size: int, element: int, max_rows: int, vocab: int) -> int:
+    """Of the buffers in which a rank gets the other ranks' words, each of which takes twice its size, two exchanges at
+    a time. vocab: tokens of a rank's share."""
+    rows = exchange_rows(ranks, hidden_size, element, max_rows)
+    winners = 3 * FLOAT32 * -(-vocab // SAMPLE_CHUNK)
+    return 2 * ranks * 2 * (rows * hidden_size * element + max_rows * winners)
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What one rank of a replica takes. Bytes.
@@ -231,7 +248,7 @@ class Footprint:
     plan: one letter per layer, D, F or S.  audited: S layers keep indexers too.  ranks: of one replica.
     element, kv_element, index_element: bytes of a number in the compute dtype, of a stored key or value, of a stored
     index key.  format_of: how the checkpoint stores the linear layer of that name.
-    captured: decode steps run as captured graphs.
+    captured: decode steps run as captured graphs.  guarded: those of a second index plan too.
     """
 
     model: ModelConfig
@@ -246,6 +263,7 @@ class Footprint:
     audited: bool = False
     format_of: FormatOf = unquantised
     captured: bool = True
+    guarded: bool = False
 
     def split_error(self) -> str | None:
         """Why the model, stored like this, cannot be split over the ranks; None where it can."""
@@ -294,7 +312,11 @@ class Footprint:
         sets = 2 + (self.audited and "S" in self.plan)
         selection = sets * local_heads(model.num_index_heads, self.ranks) * (tokens + 4 * rows) * model.topk_blocks * 4
         # Two block tables: that of the slots, and that which captured steps read.
-        return rotations + selection + 2 * 4 * rows * pages_of(self.max_model_len)
+        tables = 2 * 4 * rows * pages_of(self.max_model_len)
+        if self.ranks == 1:
+            return rotations + selection + tables
+        share = model.vocab_size // self.ranks
+        return rotations + selection + tables + exchange_bytes(self.ranks, model.hidden_size, self.element, rows, share)
 
     def _layer_bytes(self, tokens: int) -> int:
         """Tensors that are alive at the widest place of a layer."""
@@ -329,11 +351,13 @@ class Footprint:
         return max(self._layer_bytes(tokens), hidden + self._logit_bytes(self.max_num_seqs))
 
     def graph_bytes(self) -> int:
-        """What captured decode steps keep: the tensors of the largest, and everyone's logits. An estimate."""
+        """What captured decode steps keep: the tensors of the largest, and every bucket's logits. An estimate."""
         if not self.captured:
             return 0
-        logits = sum(decode_buckets(self.max_num_seqs)) * self.model.vocab_size * self.element
-        return self._layer_bytes(self.max_num_seqs) + logits * (1 if self.ranks == 1 else 2)
+        plans = 1 + (self.guarded and "S" in self.plan)
+        share = self.model.vocab_size // self.ranks
+        logits = plans * sum(decode_buckets(self.max_num_seqs)) * share * self.element
+        return self._layer_bytes(self.max_num_seqs) + logits
 
     def step_bytes(self) -> int:
         """What a step needs beside weights, buffers and pages."""

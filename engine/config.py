@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint_hash import checkpoint_hash
 from engine.errors import ConfigError
 from engine.model_config import PAGE_SIZE, ModelConfig, read_json
 from engine.msa.plan import KNOBS, IndexKnobs, resolve_knobs
+from engine.msa.plan_file import PLAN_FILE_NAME, PlanFile
 
 __all__ = [
     "PAGE_SIZE",
@@ -30,6 +32,8 @@ _INTEGERS = {  # the least value of each
     "max_num_batched_tokens": 1,
     "num_pages": 1,
     "audit_interval": 1,
+    "audit_trip_after": 1,
+    "audit_recover_after": 1,
     "probe_interval": 0,
     "seed": 0,
     "num_threads": 1,
@@ -77,10 +81,20 @@ def _text_of(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     return text
 
 
-def index_knobs(config: Mapping[str, Any], overrides: Mapping[str, Any], settings: Mapping[str, Any]) -> IndexKnobs:
-    """The index cache knobs of config.json, `hf_overrides` and the engine's settings, in rising precedence."""
+def index_knobs(
+    config: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    plan_file: Path | None = None,
+) -> IndexKnobs:
+    """The index cache knobs of config.json, `hf_overrides` and the engine's settings, in rising precedence.
+
+    plan_file: beside config.json; counts where none of them names a schedule, or switches sharing off.
+    """
+    beside = {} if plan_file is None else {"index_plan_file": str(plan_file)}
     return resolve_knobs(
         [
+            (PLAN_FILE_NAME, beside),
             ("config.json", _knobs_of(config, "config.json")),
             ("hf_overrides", _knobs_of(overrides, "hf_overrides")),
             ("settings", settings),
@@ -154,11 +168,30 @@ class EngineConfig:
     index_skip_topk_offset: int | None = field(
         default=None, metadata={"help": "sparse layers after the first that still select each for itself"}
     )
-    index_plan_file: str | None = field(default=None, metadata={"help": "JSON plan file with a pattern"})
+    index_plan_file: str | None = field(
+        default=None, metadata={"help": "JSON plan file with a pattern, such as m3serve calibrate writes"}
+    )
     index_reuse: str = field(
         default="lean", metadata={"help": "lean: S layers own no index weights and pages; audited: they do"}
     )
     audit_interval: int = field(default=64, metadata={"help": "audited: steps between shadow selections"})
+    audit_overlap_floor: float | None = field(
+        default=None,
+        metadata={
+            "help": "audited: while the mean overlap of reused selections is below it, every sparse layer selects for "
+            "itself; default: off"
+        },
+    )
+    audit_overlap_margin: float = field(
+        default=0.05,
+        metadata={"help": "audited: how far above the floor the overlap must be before layers reuse again"},
+    )
+    audit_trip_after: int = field(
+        default=3, metadata={"help": "audited: audits in a row below the floor that it takes"}
+    )
+    audit_recover_after: int = field(
+        default=10, metadata={"help": "audited: audits in a row above floor and margin that it takes to reuse again"}
+    )
     probe_interval: int | None = field(
         default=None,
         metadata={
@@ -200,6 +233,7 @@ class EngineConfig:
             isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1
         ):
             raise ConfigError(f"memory_fraction must be in (0, 1], got {fraction!r}")
+        self._check_guard()
         for name in ("enable_prefix_caching", "enforce_eager", "self_test"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -212,6 +246,25 @@ class EngineConfig:
         if not isinstance(self.hf_overrides, dict):
             raise ConfigError(f"hf_overrides must be an object, got {self.hf_overrides!r}")
         resolve_knobs([("settings", self.index_settings)])
+
+    def _check_guard(self) -> None:
+        floor, margin = self.audit_overlap_floor, self.audit_overlap_margin
+        if not _is_number(margin) or not 0 <= margin < 1:
+            raise ConfigError(f"audit_overlap_margin must be in [0, 1), got {margin!r}")
+        if floor is None:
+            return
+        if not _is_number(floor) or not 0 < floor < 1:
+            raise ConfigError(f"audit_overlap_floor must be in (0, 1) or unset, got {floor!r}")
+        if floor + margin > 1:
+            raise ConfigError(
+                f"audit_overlap_floor + audit_overlap_margin must be at most 1, the overlap of equal selections, got "
+                f"{floor!r} + {margin!r}"
+            )
+        if self.index_reuse != "audited":
+            raise ConfigError(
+                f"audit_overlap_floor={floor!r} needs index_reuse=audited, got {self.index_reuse}: layers without an "
+                "indexer cannot select for themselves"
+            )
 
     @classmethod
     def from_kwargs(cls, model: str | Path, **kwargs: Any) -> EngineConfig:
@@ -227,24 +280,43 @@ class EngineConfig:
         return {key: getattr(self, key) for key in KNOBS if getattr(self, key) is not None}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def resolve_model(config: EngineConfig, raw: Mapping[str, Any] | None = None) -> tuple[ModelConfig, IndexKnobs]:
-    """Read and check config.json with the overrides on it. Reads no tensor and imports no torch.
+    """Read and check config.json with the overrides on it. Imports no torch, and reads no tensors but the samples that
+    tell whether a plan file was calibrated on them.
 
-    raw: in place of the checkpoint's config.json.
+    raw: in place of the checkpoint's config.json; weights are then not looked at.
 
-    Raises CheckpointError or ConfigError; an illegal index schedule is found here, before any weight is read.
+    Raises CheckpointError or ConfigError; an illegal index schedule is found here, before any weight is loaded.
     """
+    directory = Path(config.model)
+    has_weights = raw is None and config.load_format != "dummy"
     if raw is None:
-        raw = read_json(Path(config.model) / "config.json")
+        raw = read_json(directory / "config.json")
+    beside = directory / PLAN_FILE_NAME
+    # A plan for the weights says nothing about random ones.
+    found = beside if config.load_format != "dummy" and beside.exists() else None
     # The knobs first: a misspelt one in the overrides should be blamed on them, not on config.json.
-    knobs = index_knobs(raw, config.hf_overrides, config.index_settings)
+    knobs = index_knobs(raw, config.hf_overrides, config.index_settings, found)
     model = ModelConfig.from_hf(merge_overrides(raw, config.hf_overrides))
+    if knobs.plan_file is not None:
+        _check_plan_file(knobs.plan_file, config, model, has_weights)
     knobs.build_plan(model.is_sparse)
+    forced = (model.init_blocks + model.local_blocks) / model.topk_blocks
+    if config.audit_overlap_floor is not None and config.audit_overlap_floor <= forced:
+        raise ConfigError(
+            f"audit_overlap_floor={config.audit_overlap_floor!r} would never be reached: {model.init_blocks} + "
+            f"{model.local_blocks} of {model.topk_blocks} selected blocks are the same in every layer, so the overlap "
+            f"is at least {forced:g}"
+        )
     if config.max_model_len is not None and config.max_model_len > model.max_positions:
         limit = f"max_position_embeddings={model.max_position_embeddings}"
         if (scaling := model.rope_scaling) is not None:
@@ -254,3 +326,24 @@ def resolve_model(config: EngineConfig, raw: Mapping[str, Any] | None = None) ->
             )
         raise ConfigError(f"max_model_len={config.max_model_len} exceeds the checkpoint's {limit}")
     return model, knobs
+
+
+def _check_plan_file(plan: PlanFile, config: EngineConfig, model: ModelConfig, has_weights: bool) -> None:
+    """ConfigError when the plan was calibrated on another model than this one."""
+    what, num_sparse = f"index_plan_file {plan.path}", sum(model.is_sparse)
+    if len(plan.pattern) != num_sparse:
+        raise ConfigError(f"{what} has {len(plan.pattern)} letters, the model has {num_sparse} sparse layers")
+    if plan.topk_blocks is not None and plan.topk_blocks != model.topk_blocks:
+        raise ConfigError(
+            f"{what} was calibrated with topk_blocks={plan.topk_blocks}, the model now has {model.topk_blocks}"
+        )
+    if plan.checkpoint_hash is None:
+        return
+    remedy = "calibrate this one (m3serve calibrate), or give its pattern as index_topk_pattern to use it all the same"
+    if config.load_format == "dummy":
+        raise ConfigError(f"{what} was calibrated on a checkpoint, load_format=dummy has random weights: {remedy}")
+    if has_weights and (found := checkpoint_hash(Path(config.model))) != plan.checkpoint_hash:
+        raise ConfigError(
+            f"{what} was calibrated on a checkpoint with checkpoint_hash {plan.checkpoint_hash}, that of "
+            f"{config.model} is {found}: {remedy}"
+        )

@@ -185,6 +185,13 @@ def collective_environment() -> dict[str, str]:
     The ranks of a group share a node, and no other host has business with their sockets: gloo would listen on
     whatever address the host name resolves to, NCCL and RCCL on the first interface that is not the loopback. What
     tunes bandwidth (channels, protocols) is left to the libraries, which choose by the machine that they find.
+    PyTorch's symmetric memory would refuse ranks that each see their own GPU alone, all as number 0; and it would set
+    up multicast, which nothing here uses.
     """
     loopback = "lo0" if platform.system() == "Darwin" else "lo"
-    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+    return {
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+        "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    }

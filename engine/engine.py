@@ -17,11 +17,21 @@ from typing import TYPE_CHECKING
 
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError, EngineDead, RequestError
+from engine.guard import IndexGuard
 from engine.metrics import EngineStats
 from engine.pages import PagePool
 from engine.scheduler import RequestState, Scheduler, Step
 from engine.timeline import StepTime, Timeline
-from engine.types import NOT_FINITE, NOT_SAMPLED, EngineRequest, FinishReason, Logprobs, RequestEvent, StepResult
+from engine.types import (
+    NOT_FINITE,
+    NOT_SAMPLED,
+    EngineRequest,
+    FinishReason,
+    Logprobs,
+    RequestEvent,
+    StepResult,
+    check_prompt_len,
+)
 
 if TYPE_CHECKING:  # at run time it would load torch, which the scheduler's process has no use for
     from engine.executor import Executor
@@ -66,6 +76,9 @@ class EngineCore:
         default_interval = CPU_PROBE_INTERVAL if self.info.backend == "torch" else GPU_PROBE_INTERVAL
         self._probe_interval = default_interval if config.probe_interval is None else config.probe_interval
         self._audit_interval = config.audit_interval if config.index_reuse == "audited" else 0
+        self._guard = IndexGuard.of(config, self.info.plan)
+        self._is_audited = config.index_reuse == "audited"
+        self._plan: str | None = None
         self._executor = executor
         self._eos_token_ids = frozenset(self.info.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
@@ -115,6 +128,27 @@ class EngineCore:
         self._end(state)
         self._events.append(self._last_event(state, FinishReason.ABORT))
 
+    def set_plan(self, letters: str) -> None:
+        """Run the requests that are added from now on by another index plan; pages of the last one are not found.
+
+        letters: one per layer, legal, and dense where the loaded plan is. Layers are not audited under it.
+        ConfigError while requests run, with a guard, or when S layers of the loaded plan own no indexer.
+        """
+        self._check_alive()
+        if not self._is_audited:
+            raise ConfigError("set_plan needs index_reuse=audited, got lean: its S layers own no indexer")
+        if self._guard is not None:
+            raise ConfigError("set_plan and audit_overlap_floor: only one of them can choose the plan")
+        if self.has_work():
+            raise ConfigError(f"set_plan needs an idle engine, {len(self._requests)} requests run")
+        self._plan = letters
+        self.pool.set_namespace(f"{self.info.namespace} {letters}")
+
+    @property
+    def plan(self) -> str:
+        """The letters of the index plan by which requests that are added now run, but for the guard's fallback."""
+        return self._plan or self.info.plan
+
     def take_timelines(self, *, lost: str | None = None) -> list[Timeline]:
         """Of traced requests that ended since the last call. lost: why the others will not end any more; theirs
         come too."""
@@ -161,6 +195,17 @@ class EngineCore:
         stats.kv_usage = stats.held_pages / pool.num_pages
         stats.page_evictions = pool.num_evictions
 
+    def check_books(self) -> None:
+        """Prove that the page accounting balances; EngineDead when it does not: a page with two owners would mix
+        their contexts. Takes some microseconds per page, so it is for idle moments."""
+        self._check_alive()
+        try:
+            self.pool.check([state.page_ids for state in self.scheduler.running])
+        except AssertionError as error:
+            self.stats.page_check_failures += 1
+            self._dead = f"the page accounting does not balance: {error}"
+            raise EngineDead(self._dead) from error
+
     def close(self) -> None:
         """Free what the executor holds; nothing can be run after that. Safe to call twice."""
         self._dead = self._dead or "the engine is closed"
@@ -179,7 +224,9 @@ class EngineCore:
         step.started_s = started_s
         plan = step.plan
         plan.probe = self._probe_interval > 0 and plan.step_id % self._probe_interval == 0
-        plan.audit = self._audit_interval > 0 and plan.step_id % self._audit_interval == 0
+        plan.audit = self._audit_interval > 0 and plan.step_id % self._audit_interval == 0 and self._plan is None
+        plan.fallback = self._guard is not None and self._guard.active
+        plan.index_plan = self._plan
         now_s = time.monotonic()
         self.stats.plan_s += now_s - started_s
         for state in step.requests:
@@ -200,6 +247,8 @@ class EngineCore:
         for row_index in range(len(step.requests)):
             self._retire_row(step, row_index, result)
         self.stats.add_result(result)
+        if self._guard is not None and self._guard.observe(step.plan, result.overlaps):
+            self._change_over(self._guard)
         self.stats.steps += 1
         self.stats.decode_tokens += step.plan.num_decode_rows
         self.stats.prefill_tokens += step.plan.num_tokens - step.plan.num_decode_rows
@@ -212,6 +261,12 @@ class EngineCore:
         self.stats.observations.step_tokens.append(step.plan.num_tokens)
         self.stats.observations.batch_size.append(len(step.requests))
 
+    def _change_over(self, guard: IndexGuard) -> None:
+        """Steps planned from now on run by another plan. Requests that run go on, on the keys and values they have, and
+        leave no pages to others; those admitted from now on find only pages of this plan."""
+        self.stats.guard_active, self.stats.guard_trips = guard.active, guard.num_trips
+        self.pool.set_namespace(f"{self.info.namespace} {guard.plan}")
+
     def _retire_row(self, step: Step, row_index: int, result: StepResult) -> None:
         row, state, token_id = step.plan.rows[row_index], step.requests[row_index], result.sampled[row_index]
         end = row.num_computed_tokens + row.num_scheduled_tokens
@@ -221,6 +276,7 @@ class EngineCore:
             return
         if token_id == NOT_FINITE:
             self._end(state, findable=False)
+            self.stats.not_finite += 1
             error = f"the model's logits at position {end - 1} are not finite"
             log.error("request %s: %s", state.request_id, error)
             self._events.append(self._last_event(state, FinishReason.ERROR, error))
@@ -319,13 +375,7 @@ class EngineCore:
             raise RequestError(f"request_id {request_id!r} is in use", param="request_id", code="duplicate_request_id")
         if not prompt_len:
             raise RequestError("prompt must have at least 1 token, got 0", param="prompt")
-        if prompt_len >= limit_tokens:
-            raise RequestError(
-                f"prompt has {prompt_len} tokens, and with one to generate more than max_model_len "
-                f"({limit_tokens} tokens)",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        check_prompt_len(prompt_len, limit_tokens)
         if prompt_len + sampling.max_tokens > limit_tokens:
             raise RequestError(
                 f"prompt has {prompt_len} tokens, max_tokens is {sampling.max_tokens}: together "

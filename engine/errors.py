@@ -10,16 +10,24 @@ M3Error
 
 from __future__ import annotations
 
+# A message quotes what is wrong, and a file can hold values of any size.
+MAX_MESSAGE_CHARS = 8000
+
 
 class M3Error(Exception):
     """Base class; the message is written for the person who can fix the cause."""
 
 
-class ConfigError(M3Error):
+class _FileError(M3Error):
+    def __init__(self, message: object) -> None:
+        super().__init__(shortened(str(message), MAX_MESSAGE_CHARS))
+
+
+class ConfigError(_FileError):
     """A setting has a wrong name, type or value, or two settings contradict each other."""
 
 
-class CheckpointError(M3Error):
+class CheckpointError(_FileError):
     """The checkpoint directory cannot be served as it is; the message names the key, tensor or file."""
 
 
@@ -49,3 +57,9 @@ class Overloaded(M3Error):
 
 class EngineDead(M3Error):
     """The worker group (or the whole replica) is gone; what it was running must go elsewhere."""
+
+
+def shortened(text: str, max_chars: int) -> str:
+    """`text`, without its middle where it is longer."""
+    half = max_chars // 2
+    return text if len(text) <= max_chars else f"{text[:half]} ... {text[-half:]}"

@@ -1,4 +1,4 @@
-"""Decode steps as captured graphs, one per batch size bucket.
+"""Decode steps as captured graphs, one per index plan and batch size bucket.
 
 A replay runs the whole step, from the tokens the last step left on the device to the sampled ones, without Python,
 allocation or waiting: the host only copies one small input buffer. Rows beyond the batch are copies of its first row
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 class _Captured:
     """One graph and what it leaves behind.
 
-    logits: [bucket, vocab], valid until the next replay of any graph.  computed, reused: selections per layer that a
-    replay makes and reads, as Python counted them while it was captured.
+    logits: [bucket, vocab / ranks], of this rank's share, valid until the next replay of any graph.
+    computed, reused: selections per layer that a replay makes and reads, as Python counted them while it was captured.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -42,11 +43,20 @@ class _Captured:
 class DecodeGraphs:
     """The captured decode steps of one rank. Captures all buckets when made, the largest first.
 
+    plans: letters of the index plans by which steps may be replayed; the model is left with the first.
     tokens: int64 [max_num_seqs], what the last replay sampled.
     """
 
-    def __init__(self, model: MiniMaxM3, kernels: DecodeKernels, tables: SlotTables, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: MiniMaxM3,
+        kernels: DecodeKernels,
+        tables: SlotTables,
+        max_model_len: int,
+        plans: Sequence[str],
+    ) -> None:
         self._model, self._kernels, self._tables = model, kernels, tables
+        self._share = model.parallel.vocab_share(model.config.vocab_size)
         self._max_model_len = max_model_len
         max_num_seqs, max_pages = tables.block_tables.shape
         device = tables.device
@@ -64,24 +74,34 @@ class DecodeGraphs:
         self._query_start_loc = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.tokens = buffer(max_num_seqs)
         self._buckets = decode_buckets(max_num_seqs)
-        self._captured = self._capture_all()
+        self._captured = self._capture_all(plans)
 
-    def _capture_all(self) -> dict[int, _Captured]:
-        started = time.perf_counter()
-        captured: dict[int, _Captured] = {}
+    def _capture_all(self, plans: Sequence[str]) -> dict[str, dict[int, _Captured]]:
+        captured: dict[str, dict[int, _Captured]] = {}
         pool = None
-        for bucket in reversed(self._buckets):
-            self._step(bucket)  # compiles what is not compiled; inputs of zero rows write no keys
-            torch.cuda.synchronize()
-            self._model.index_cache.take_counts()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads (a NCCL watchdog) may call what a capture forbids.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._step(bucket)
-            pool = pool or graph.pool()
-            captured[bucket] = _Captured(graph, logits, *self._model.index_cache.take_counts())
-        log.info("captured decode graphs for batches %s in %.1f s", self._buckets, time.perf_counter() - started)
+        for plan in reversed(plans):
+            started = time.perf_counter()
+            if plan != self._model.active_plan:
+                self._model.set_plan(plan)
+            captured[plan] = {}
+            for bucket in reversed(self._buckets):
+                self._step(bucket)  # compiles what is not compiled; inputs of zero rows write no keys
+                torch.cuda.synchronize()
+                self._model.index_cache.take_counts()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads (a NCCL watchdog) may call what a capture forbids.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    logits = self._step(bucket)
+                pool = pool or graph.pool()
+                captured[plan][bucket] = _Captured(graph, logits, *self._model.index_cache.take_counts())
+            seconds = time.perf_counter() - started
+            log.info("captured decode graphs for batches %s, plan %s, in %.1f s", self._buckets, plan, seconds)
         return captured
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether steps by the model's active plan were captured."""
+        return self._model.active_plan in self._captured
 
     def _step(self, bucket: int) -> Tensor:
         """Everything that a replay does. Returns the logits."""
@@ -103,21 +123,23 @@ class DecodeGraphs:
             self._inputs, self._max_num_seqs, tables.last_tokens, tables.block_tables, batch,
             token_ids, slots, keys, temperatures,
         )  # fmt: skip
-        logits = self._model.logits(self._model.forward(token_ids, batch))
-        kernels.sample(logits, temperatures, keys, self.tokens[:bucket], tables.last_tokens, slots)
+        logits = self._model.logits_share(self._model.forward(token_ids, batch))
+        kernels.sample(logits, temperatures, keys, self.tokens[:bucket], tables.last_tokens, slots, self._share)
         return logits
 
     def replay(
         self, slots: list[int], positions: list[int], temperatures: list[float], keys: list[int]
     ) -> tuple[Tensor, dict[int, int], dict[int, int]]:
-        """Run one decode step of len(slots) rows; `tokens` then has what was sampled, as will tables.last_tokens.
+        """Run one decode step of len(slots) rows by the model's active plan; `tokens` then has what was sampled, as
+        will tables.last_tokens.
 
         positions: of each row's newest known token.  temperatures, keys: of the noise; 0 is greedy.
-        Returns the logits [num_rows, vocab], valid until the next replay, and the selections computed and reused per
-        layer.
+        Returns the logits [num_rows, vocab / ranks], valid until the next replay, and the selections computed and
+        reused per layer.
         """
         num_rows, width = len(slots), self._max_num_seqs
-        captured = self._captured[next(size for size in self._buckets if size >= num_rows)]
+        of_plan = self._captured[self._model.active_plan]
+        captured = of_plan[next(size for size in self._buckets if size >= num_rows)]
         inputs = np.zeros(1 + 4 * width, dtype=np.int64)
         inputs[0] = num_rows
         sections = inputs[1:].reshape(4, width)

@@ -14,7 +14,7 @@ from engine.engine import EngineCore
 from engine.errors import CheckpointError, RequestError
 from engine.executor import Executor, InlineExecutor
 from engine.msa.cache import IndexCache
-from engine.msa.plan import IndexPlan
+from engine.msa.plan import IndexPlan, Role
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from engine.types import EngineInfo, EngineRequest, FinishReason, Logprobs, Output, RequestEvent, SamplingParams
 
@@ -55,7 +55,16 @@ class LLM:
     @property
     def plan(self) -> IndexPlan:
         """The role of every layer; `str(llm.plan)` gives its letters."""
-        return IndexPlan.parse(self._core.info.plan)
+        return IndexPlan.parse(self._core.plan)
+
+    def set_plan(self, pattern: str) -> None:
+        """Generate by another index plan from now on. No weights are loaded again.
+
+        pattern: F or S per sparse layer. ConfigError for an illegal one, and unless index_reuse is audited, in which
+        every sparse layer owns its indexer.
+        """
+        is_sparse = [role is not Role.DENSE for role in self.plan.roles]
+        self._core.set_plan(str(IndexPlan.build(is_sparse, pattern=pattern)))
 
     @property
     def index_cache(self) -> IndexCache:

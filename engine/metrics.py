@@ -70,6 +70,8 @@ class EngineStats:
     indexer_s, sparse_attention_s and *_samples: (layer_id, phase) -> sums over probed steps.
     selections_computed, selections_reused: layer_id -> count.
     overlap_sum, overlap_count: layer_id -> sums over audits.
+    page_check_failures: times the page accounting did not balance.  not_finite: requests ended by their logits.
+    guard_active: whether the audit's guard has every sparse layer select for itself.  guard_trips: how often it began.
     """
 
     num_running: int = 0
@@ -103,6 +105,10 @@ class EngineStats:
     selections_reused: dict[int, int] = field(default_factory=dict)
     overlap_sum: dict[int, float] = field(default_factory=dict)
     overlap_count: dict[int, int] = field(default_factory=dict)
+    page_check_failures: int = 0
+    not_finite: int = 0
+    guard_active: bool = False
+    guard_trips: int = 0
 
     observations: Observations = field(default_factory=Observations)
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import devices, self_test
+from engine import collectives, devices, self_test, vocab_parallel
 from engine.batches import Resident, SlotTables
 from engine.capacity import Footprint, stored_formats, useful_pages
 from engine.config import PAGE_SIZE, EngineConfig, ModelConfig, read_json, resolve_model
 from engine.errors import CheckpointError, ConfigError
 from engine.graphs import DecodeGraphs
+from engine.guard import fallback_plan
 from engine.kernels.api import KernelSet, resolve
 from engine.kernels.batch import StepBatch
 from engine.kernels.torch_pages import FP8_DTYPES
@@ -80,8 +81,8 @@ class ModelRunner:
 
     On a GPU `launch` only queues work, and a second step may be launched before the first is collected.
 
-    For a group, torch.distributed must be initialised before. Every rank computes the same tokens, since the logits
-    are gathered and the noise depends on (seed, position) alone; rank 0's answers are used.
+    For a group, torch.distributed must be initialised before. Every rank computes the same tokens, since all agree on
+    the best of the vocabulary and the noise depends on (seed, position) alone; rank 0's answers are used.
     """
 
     def __init__(self, config: EngineConfig, *, rank: int, world_size: int) -> None:
@@ -104,11 +105,6 @@ class ModelRunner:
             devices.check_visibility(os.environ, is_hip=torch.version.hip is not None)
         kernels = resolve(config.backend)
         self.device = kernels.device
-        if self.parallel.size > 1 and self.device.type != "cpu":
-            raise ConfigError(
-                f"tensor_parallel_size={self.parallel.size}: on a GPU one rank is supported so far; "
-                "backend=torch runs groups on CPU"
-            )
         if kernels.power_of_two_dims:
             _check_dims(self.model_config)
         dtype, quantization = self._dtype(), self.model_config.quantization
@@ -118,6 +114,10 @@ class ModelRunner:
                 kernels.name, " and ".join(sorted(converted)), dtype,
             )  # fmt: skip
 
+        exact_tokens = self.model_config.topk_blocks * PAGE_SIZE
+        note = self._knobs.note(config.model, exact_tokens=exact_tokens, max_tokens=self.max_model_len)
+        if note is not None and self.parallel.rank == 0:
+            log.log(*note)
         if self.device.type == "cuda":
             formats = frozenset[str]() if quantization is None else quantization.formats
             self_test.examine(config, kernels, dtype, formats, rank=self.parallel.rank)
@@ -139,6 +139,7 @@ class ModelRunner:
             )
 
         with torch.inference_mode():
+            self._how_ranks_sum = self._join(kernels, dtype)
             if config.load_format == "dummy":
                 self.model = build(DummyWeights(config.seed, self.device, quantization), kernels)
             else:
@@ -149,11 +150,23 @@ class ModelRunner:
                 )  # fmt: skip
         self._eos_token_ids = self._read_eos(path)
         self._sampler = SamplerState(config.max_num_seqs, self.model_config.vocab_size, self.device)
+        self._vocab_share = self.parallel.vocab_share(self.model_config.vocab_size)
         max_pages = -(-self.max_model_len // PAGE_SIZE)
         self._tables = SlotTables(config.max_num_seqs, max_pages, self.device)
         useful = useful_pages(config.max_num_seqs, self.max_model_len)
         budget = pool_bytes(self.device, self._footprint(), config.memory_fraction)
         return RankProposal(min(useful, budget // self.model.page_bytes()))
+
+    def _join(self, kernels: KernelSet, dtype: torch.dtype) -> dict[str, str]:
+        """Map the other ranks' memory, where that can be done; what sums over the ranks, for the report."""
+        if self.parallel.size == 1:
+            return {}
+        self.parallel.few_rows, how = collectives.few_rows(
+            kernels, hidden_size=self.model_config.hidden_size, element=dtype.itemsize,
+            max_rows=self.config.max_num_seqs, vocab=self.model_config.vocab_size // self.parallel.size,
+        )  # fmt: skip
+        log.info("sums over %d ranks: %s", self.parallel.size, how)
+        return {"all_reduce": how}
 
     def _footprint(self) -> Footprint:
         config, model = self.config, self.model
@@ -163,6 +176,7 @@ class ModelRunner:
             index_element=model.index_dtype.itemsize, audited=config.index_reuse == "audited",
             format_of=stored_formats(self.model_config),
             captured=model.kernels.decode is not None and not config.enforce_eager,
+            guarded=config.audit_overlap_floor is not None,
         )  # fmt: skip
 
     def _dtype(self) -> torch.dtype:
@@ -193,15 +207,18 @@ class ModelRunner:
         """Make the pages; after this, `execute` can run."""
         config = self.config
         num_pages = config.num_pages or num_pages
+        plan = str(self.model.plan)
+        fallback = fallback_plan(config, plan)
+        self._plans = [plan] if fallback is None else [plan, fallback]
         with torch.inference_mode():
             self.model.allocate_pages(num_pages)
             decode = self.model.kernels.decode
             if self.device.type == "cuda":
                 warm_up(self.model, config.max_num_batched_tokens, self.max_model_len)
                 if decode is not None and not config.enforce_eager:
-                    self._graphs = DecodeGraphs(self.model, decode, self._tables, self.max_model_len)
+                    self._graphs = DecodeGraphs(self.model, decode, self._tables, self.max_model_len, self._plans)
         is_async = self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
-        plan, dtype = str(self.model.plan), str(self.model.dtype).removeprefix("torch.")
+        dtype = str(self.model.dtype).removeprefix("torch.")
         # Pages computed under another plan hold other keys and values: they must not be found.
         fingerprint = (
             config.model, plan, dtype, str(self.model.kv_dtype), str(self.model.index_dtype), config.index_reuse,
@@ -210,6 +227,7 @@ class ModelRunner:
         return EngineInfo(
             model_name=Path(config.model).name,
             plan=plan,
+            fallback_plan=fallback,
             backend=self.model.kernels.name,
             dtype=dtype,
             num_pages=num_pages,
@@ -223,7 +241,7 @@ class ModelRunner:
             tensor_parallel_size=self.parallel.size,
             ledger=self.model.ledger,
             max_in_flight=2 if is_async else 1,
-            kernels=dict(self.model.kernels.report),
+            kernels={**self.model.kernels.report, **self._how_ranks_sum},
         )
 
     @torch.inference_mode()
@@ -238,7 +256,9 @@ class ModelRunner:
             self._residents[new.slot] = Resident(list(new.token_ids), new.prompt_len, new.sampling, [])
             self._sampler.add(new, self._eos_token_ids)
         self._tables.update(plan, self._residents)
-        captured = self._graphs is not None and plan.num_decode_rows == len(plan.rows)
+        if (letters := plan.index_plan or self._plans[plan.fallback]) != self.model.active_plan:
+            self.model.set_plan(letters)
+        captured = self._graphs is not None and self._graphs.has_plan and plan.num_decode_rows == len(plan.rows)
         launched = self._eager(plan) if plan.probe or plan.audit or not captured else self._replay(plan)
         launched.launch_s = time.perf_counter() - entered_s
         self._launched.append(launched)
@@ -284,13 +304,12 @@ class ModelRunner:
         slots = [row.slot for row in plan.rows]
         positions = [row.num_computed_tokens for row in plan.rows]
         sampled_at = [position + 1 for position in positions]
-        draws = self._sampler.free_draws(slots, sampled_at)
+        temperatures, keys, shaped = self._sampler.free_draws(slots, sampled_at)
         started = mark(self.device)
-        temperatures, keys = draws or ([0.0] * len(slots), [0] * len(slots))
         logits, computed, reused = self._graphs.replay(slots, positions, temperatures, keys)
         tokens = self._graphs.tokens[: len(slots)]
-        if draws is None:
-            tokens = self._sample(logits, slots, sampled_at)
+        if shaped:
+            tokens = self._resample(tokens, logits, slots, sampled_at, shaped)
         return self._answer(plan, range(len(slots)), tokens, logits, [], None, (computed, reused), started)
 
     def _eager(self, plan: StepPlan) -> _Launched:
@@ -310,7 +329,7 @@ class ModelRunner:
         tokens = logits = hidden.new_empty(0)
         if sampling:
             last = to_device([batch.query_starts[i + 1] - 1 for i in sampling], torch.int64, self.device)
-            logits = self.model.logits(hidden.index_select(0, last))
+            logits = self.model.logits_share(hidden.index_select(0, last))
             tokens = self._sample(logits, [slots[i] for i in sampling], [batch.seq_lens_host[i] for i in sampling])
         scores = self._score_prompts(plan.rows, hidden, batch)
         self.parallel.probe = None
@@ -319,12 +338,30 @@ class ModelRunner:
         return self._answer(plan, sampling, tokens, logits, scores, probe, counts, started)
 
     def _sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
-        """int64 [len(slots)], the next tokens, which the device keeps for the step after this one."""
+        """int64 [len(slots)], the next tokens, which the device keeps for the step after this one.
+
+        logits: [len(slots), vocab / ranks], of this rank's share.
+        """
+        if (share := self._vocab_share) is None:
+            return self._sample_whole(logits, slots, positions)
+        temperatures, keys, shaped = self._sampler.free_draws(slots, positions)
+        tokens = vocab_parallel.draw(logits.float(), share.first_id, temperatures, keys, share.gather)
+        self._tables.keep(slots, tokens)
+        return self._resample(tokens, logits, slots, positions, shaped) if shaped else tokens
+
+    def _resample(
+        self, tokens: Tensor, logits: Tensor, slots: list[int], positions: list[int], rows: list[int]
+    ) -> Tensor:
+        """`tokens`, with those of `rows` as their whole logits and all their parameters give them."""
+        picked = to_device(rows, torch.int64, self.device)
+        whole = self.parallel.all_gather_last(logits.index_select(0, picked))
+        found = self._sample_whole(whole, [slots[i] for i in rows], [positions[i] for i in rows])
+        return tokens.index_copy(0, picked, found)
+
+    def _sample_whole(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
         tokens = self._sampler.sample(logits.float(), slots, positions)
         self._sampler.append(slots, tokens)
-        where = to_device(slots, torch.int64, self.device)
-        # A row that is not finite ends; what may still run of it must not index past the vocabulary.
-        self._tables.last_tokens.index_copy_(0, where, tokens.clamp(min=0))
+        self._tables.keep(slots, tokens)
         return tokens
 
     def _answer(
@@ -345,7 +382,7 @@ class ModelRunner:
         if wanted:
             picked = to_device(wanted, torch.int64, self.device)
             widths = [residents[k].sampling.logprobs or 0 for k in wanted]
-            rows = logits.index_select(0, picked).float()
+            rows = self.parallel.all_gather_last(logits.index_select(0, picked)).float()
             logprobs = wanted, pending_logprobs(rows, tokens.index_select(0, picked), widths)
         return _Launched(
             plan=plan,

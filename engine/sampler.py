@@ -148,20 +148,22 @@ class SamplerState:
             tokens.index_copy_(0, batch.edited, self._sample_edited(logits, slots, positions, batch))
         return torch.where(finite, tokens, NOT_FINITE)
 
-    def free_draws(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[list[float], list[int]] | None:
-        """(temperature, noise key) per row when nothing else shapes any row's choice, else None. Temperature 0 is
-        greedy."""
-        temperatures, keys = [], []
-        for slot, position in zip(slots, positions, strict=True):
+    def free_draws(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[list[float], list[int], list[int]]:
+        """(temperature, noise key) of each row, and which rows more than that shapes: their numbers are greedy's.
+        Temperature 0 is greedy."""
+        temperatures, keys, shaped = [], [], []
+        for i, (slot, position) in enumerate(zip(slots, positions, strict=True)):
             state = self._at(slot)
             params = state.sampling
             masked = bool(state.stop_ids) and position - state.prompt_len < params.min_tokens
             truncated = params.top_p < 1.0 or 0 < params.top_k < self.vocab_size or params.min_p > 0.0
-            if masked or params.has_penalties or params.logit_bias or (truncated and not params.is_greedy):
-                return None
-            temperatures.append(0.0 if params.is_greedy else max(params.temperature, MIN_TEMPERATURE))
-            keys.append(0 if params.is_greedy else noise_key(params.seed or 0, position))
-        return temperatures, keys
+            is_greedy = params.is_greedy
+            if masked or params.has_penalties or params.logit_bias or (truncated and not is_greedy):
+                shaped.append(i)
+                is_greedy = True
+            temperatures.append(0.0 if is_greedy else max(params.temperature, MIN_TEMPERATURE))
+            keys.append(0 if is_greedy else noise_key(params.seed or 0, position))
+        return temperatures, keys, shaped
 
     def _sample_edited(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], batch: _Batch) -> Tensor:
         assert batch.edited is not None

@@ -41,6 +41,7 @@ class Kind(IntEnum):
     ABORT = 6  # ingress -> replica
     HELLO = 7  # int, the rank: executor -> rank and back
     TIMES = 8  # RankTimes, ranks other than 0 -> executor, after a probed step
+    ALIVE = 9  # nothing, replica -> ingress: its requests are looked after, whether or not a step has news of them
 
 
 class Header(NamedTuple):
@@ -94,8 +95,9 @@ class Gate:
             else:
                 try:
                     return header, decoder.decode(frames[2])
-                # M3Error: types like SamplingParams check their values when they are built.
-                except (msgspec.MsgspecError, M3Error) as error:
+                # M3Error: types like SamplingParams check their values when they are built. ValueError: text that is
+                # not UTF-8.
+                except (msgspec.MsgspecError, M3Error, ValueError) as error:
                     reason = str(error)
         self.dropped += 1
         # At 1, 2, 4, 8, ...: a stranger must not be able to fill the log.

@@ -61,6 +61,17 @@ def _sequence(name: str, value: Any, limit: int) -> None:
         raise RequestError(f"{name} has {len(value)} entries, at most {limit} are allowed", param=name)
 
 
+def check_prompt_len(num_tokens: int, max_model_len: int) -> None:
+    """RequestError when a prompt leaves no room for a token to generate."""
+    if num_tokens >= max_model_len:
+        raise RequestError(
+            f"prompt has {num_tokens} tokens, and with one to generate more than max_model_len "
+            f"({max_model_len} tokens)",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request picks its tokens. Checked on construction; raises RequestError naming the field.
@@ -170,6 +181,7 @@ class EngineRequest:
     prompt_token_ids: never empty.  output_token_ids: tokens already delivered by a replica that died; they are
     recomputed, not sent again.  sampling.seed must be set by the caller when it is not greedy: a
     resubmission has to draw the same noise.  trace_parent: W3C traceparent of whoever wants a Timeline.
+    resubmitted: a replica had accepted it, so that it is not refused for want of room.
     """
 
     request_id: str
@@ -177,6 +189,7 @@ class EngineRequest:
     sampling: SamplingParams
     output_token_ids: list[int] = field(default_factory=list)
     trace_parent: str | None = None
+    resubmitted: bool = False
 
 
 # One position's log-probabilities: the actual token first, then the best ones by rank. Natural logarithm of the
@@ -261,8 +274,9 @@ class StepPlan:
     """One step: the same for every rank of the group.
 
     rows: decode rows (one token each, the newest of their slot, and they sample) first, then prefill rows.  released:
-    slots whose state is dropped before `new` is added.  probe: time indexer and attention per layer.  audit: select
-    afresh, in shadow, in S layers.
+    slots whose state is dropped before `new` is added.  probe: time indexer and attention per layer.  audit: compare
+    the selections that S layers reuse with their own.  fallback: every sparse layer selects for itself, the S layers
+    too.  index_plan: letters of another index plan, by which this step runs; None: the loaded one, or its fallback.
     """
 
     step_id: int
@@ -272,6 +286,8 @@ class StepPlan:
     released: list[int] = field(default_factory=list)
     probe: bool = False
     audit: bool = False
+    fallback: bool = False
+    index_plan: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -338,7 +354,8 @@ class StepResult:
 class EngineInfo:
     """What start-up resolved: values that the configuration left open.
 
-    plan: one letter per layer.  page_bytes: of one page over all layers on one rank.
+    plan: one letter per layer.  fallback_plan: by which steps run while the audit's guard is active; None: there is no
+    guard.  page_bytes: of one page over all layers on one rank.
     eos_token_ids: from generation_config.json / config.json.
     namespace: what cached pages are valid for; part of every prefix hash.
     max_in_flight: steps that may be submitted before the first of them is collected.
@@ -361,3 +378,4 @@ class EngineInfo:
     ledger: dict[str, int]
     max_in_flight: int = 1
     kernels: dict[str, str] = field(default_factory=dict)
+    fallback_plan: str | None = None

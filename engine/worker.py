@@ -107,12 +107,16 @@ class Worker:
             self._store = TCPStore(LOOPBACK, store_port, self._world_size, is_master=False, timeout=timeout)
         for name, value in devices.collective_environment().items():
             os.environ.setdefault(name, value)
+        device = None
+        if self._config.backend != "torch" and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group(
-            "gloo",
+            "gloo" if device is None else "nccl",  # which is RCCL on ROCm
             store=self._store,
             rank=self._rank,
             world_size=self._world_size,
             timeout=timeout,
+            device_id=device,
         )
 
     def allocate(self, num_pages: int) -> EngineInfo:

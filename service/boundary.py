@@ -5,14 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import RequestError
-from service.errors import BodyTimeout, BodyTooLarge, ErrorAnswer, UnsupportedMediaType, answer, is_expected
+from engine.errors import EngineDead, RequestError
+from service.auth import ApiKeys
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    DeadlineExceeded,
+    ErrorAnswer,
+    UnsupportedMediaType,
+    answer,
+    is_expected,
+)
+from service.limits import BodyBudget, check_disconnect, read_timeout
 from service.metrics import HTTP_IN_FLIGHT, HTTP_REQUESTS
 from service.series import CpuSeries, IngressSeries
 
@@ -24,6 +37,9 @@ log = logging.getLogger(__name__)
 MAX_REQUEST_ID_CHARS = 128
 # A client that stalls in the middle of its body would hold a request slot for ever.
 BODY_TIMEOUT_S = 60.0
+DEADLINE_MESSAGE = "the request took longer than it may: see x-request-timeout-seconds and request_timeout_s"
+# Probes have no key.
+PUBLIC_PATHS = frozenset({"/health", "/ready"})
 _JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 
 
@@ -34,26 +50,57 @@ def report(error: BaseException, request_id: str) -> ErrorAnswer:
     return answer(error)
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who may use this process, and for how long.
+
+    keys: None: everybody.  request_timeout_s: of a request without a header of its own; None: no limit.
+    """
+
+    keys: ApiKeys | None = None
+    request_timeout_s: float | None = None
+    cors_allow_origins: tuple[str, ...] = ()
+
+
 class Boundary:
     """ASGI middleware around the whole application.
 
     Serve's own middleware makes or echoes x-request-id in the answer; here it is only checked and logged.
-    A handler that leaves its IngressSeries in `request.state.series` has its refusals counted, and finds the
-    request's HttpTrace, or None, in `request.state.trace`.
+    A handler that leaves its IngressSeries in `request.state.series` has its refusals counted. It finds the request's
+    HttpTrace, or None, in `request.state.trace`, and in `request.state.deadline_s` the event loop's time by which the
+    answer must have ended, or None. Until the answer begins, the deadline is kept here; after that by what streams it.
 
-    tracer: of this process, set before its first request; None when tracing is off.
+    policy, tracer: of this process, set before its first request; a tracer of None: tracing is off.
     """
 
+    policy: ClassVar[Policy | None] = None
     tracer: ClassVar[IngressTracer | None] = None
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._cpu = CpuSeries("ingress")
+        self._cors: CORSMiddleware | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Outermost: browsers send no key with their preflight, and scripts may read errors too.
+        origins = self.policy.cors_allow_origins if self.policy is not None else ()
+        if not origins:
+            await self._answer(scope, receive, send)
+            return
+        if self._cors is None:
+            self._cors = CORSMiddleware(
+                self._answer,
+                allow_origins=origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("*",),
+                expose_headers=("x-request-id", "retry-after", "www-authenticate"),
+            )
+        await self._cors(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         status: int | None = None
         code: str | None = None
         trace = None if self.tracer is None else self.tracer.start(scope)
@@ -67,10 +114,11 @@ class Boundary:
                 status = message["status"]
             await send(message)
 
-        request_id = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
         try:
-            request_id = check_request_id(request_id)
-            await self._app(scope, receive, watched_send)
+            state["deadline_s"] = deadline_s = self._admit(scope, headers)
+            await self._run(scope, receive, watched_send, deadline_s)
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception as error:
@@ -92,8 +140,39 @@ class Boundary:
             if trace is not None:
                 trace.end(route, status, code)
 
+    def _admit(self, scope: Scope, headers: Headers) -> float | None:
+        """The deadline of a request that may enter. Raises the refusal of one that may not."""
+        if self.policy is None:
+            raise EngineDead("this HTTP front is starting")
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self.policy.keys is not None and path not in PUBLIC_PATHS:
+            self.policy.keys.check(headers)
+        check_request_id(headers.get("x-request-id", ""))
+        check_disconnect(headers)
+        timeout_s = read_timeout(headers, self.policy.request_timeout_s)
+        return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
-def check_request_id(request_id: str) -> str:
+    async def _run(self, scope: Scope, receive: Receive, send: Send, deadline_s: float | None) -> None:
+        """The application itself. DeadlineExceeded when its answer has not begun in time."""
+        if deadline_s is None:
+            await self._app(scope, receive, send)
+            return
+
+        async def begins(message: Message) -> None:
+            if message["type"] == "http.response.start" and not limit.expired():
+                limit.reschedule(None)
+            await send(message)
+
+        try:
+            async with asyncio.timeout_at(deadline_s) as limit:
+                await self._app(scope, receive, begins)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(DEADLINE_MESSAGE) from None
+
+
+def check_request_id(request_id: str) -> None:
     """The client's x-request-id goes into logs, so it must be short and printable."""
     if len(request_id) > MAX_REQUEST_ID_CHARS:
         raise RequestError(
@@ -102,7 +181,6 @@ def check_request_id(request_id: str) -> str:
         )
     if not (request_id.isascii() and request_id.isprintable()):
         raise RequestError("x-request-id must be printable ASCII", param="x-request-id")
-    return request_id
 
 
 async def send_answer(refusal: ErrorAnswer, send: Send) -> None:
@@ -114,7 +192,9 @@ async def send_answer(refusal: ErrorAnswer, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+async def read_body(
+    scope: Scope, receive: Receive, *, max_bytes: int, budget: BodyBudget, timeout_s: float = BODY_TIMEOUT_S
+) -> bytes:
     """The whole JSON body. Stops reading at the limit; refuses what is not declared as JSON."""
     headers = Headers(scope=scope)
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -122,27 +202,33 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
         given = repr(media_type[:MAX_REQUEST_ID_CHARS]) if media_type else "none"
         raise UnsupportedMediaType(f"content-type must be application/json, got {given}", code="unsupported_media_type")
     declared = headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(f"{declared} bytes", max_bytes)
-    chunks: list[bytes] = []
-    num_bytes = 0
+    # Compared as text: a number of thousands of digits cannot be converted.
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
+        raise _too_large(f"{declared[:20]} bytes", max_bytes)
+    body = bytearray()
     try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect()
-                chunk = message.get("body", b"")
-                num_bytes += len(chunk)
-                if num_bytes > max_bytes:
-                    raise _too_large(f"more than {max_bytes} bytes", max_bytes)
-                chunks.append(chunk)
-                if not message.get("more_body", False):
-                    return b"".join(chunks)
+        with budget.body() as take:
+            async with asyncio.timeout(timeout_s):
+                async for chunk in _chunks(receive):
+                    if len(body) + len(chunk) > max_bytes:
+                        raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+                    take(len(chunk))
+                    body += chunk
     except TimeoutError:
         raise BodyTimeout(
-            f"the body did not arrive within {timeout_s:g} s: {num_bytes} bytes came", code="body_timeout"
+            f"the body did not arrive within {timeout_s:g} s: {len(body)} bytes came", code="body_timeout"
         ) from None
+    return bytes(body)
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect()
+        yield message.get("body", b"")
+        if not message.get("more_body", False):
+            return
 
 
 def _too_large(given: str, max_bytes: int) -> BodyTooLarge:

@@ -11,9 +11,25 @@ import sys
 from collections.abc import Sequence
 
 from engine.errors import CheckpointError, ConfigError
-from service import bench_command, config_command, monitor_command, plan_command, serve_command
+from service import (
+    bench_command,
+    calibrate_command,
+    config_command,
+    eval_command,
+    monitor_command,
+    plan_command,
+    serve_command,
+)
 
-_COMMANDS = (serve_command, plan_command, bench_command, monitor_command, config_command)
+_COMMANDS = (
+    serve_command,
+    plan_command,
+    calibrate_command,
+    eval_command,
+    bench_command,
+    monitor_command,
+    config_command,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 # An idle thread wakes this often to see whether its worker group still lives.
 IDLE_CHECK_S = 1.0
+# The page accounting is checked at most this often, when the thread has been idle for IDLE_CHECK_S: with 100,000 pages
+# it takes half a second.
+BOOKS_PERIOD_S = 60.0
 # What a client of a full queue is told to wait.
 RETRY_AFTER_S = 1.0
 # Slack of the health check beyond the step deadline, which the executor enforces itself.
@@ -70,6 +73,8 @@ class EngineLoop:
         self._wake = threading.Event()
         self._closing = False
         self._dead: str | None = None
+        self._has_worked = False
+        self._checked_at_s = -BOOKS_PERIOD_S
         self._live: set[str] = set()
         self._progress_at_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="m3-scheduler", daemon=True)
@@ -93,12 +98,12 @@ class EngineLoop:
         if silent_s > self._progress_limit_s:
             raise EngineDead(f"no engine step for {silent_s:.0f} s, limit {self._progress_limit_s:g} s")
 
-    def close(self) -> None:
-        """Stop the thread and the worker group. Safe to call twice."""
+    def close(self, *, timeout_s: float = JOIN_TIMEOUT_S) -> None:
+        """Stop the thread and the worker group, or stop waiting for that. Safe to call twice."""
         self._closing = True
         self._wake.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join(JOIN_TIMEOUT_S)
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
@@ -124,6 +129,7 @@ class EngineLoop:
         self._wake.clear()
         refusals = self._take_commands()
         if self._core.has_work():
+            self._has_worked = True
             events = self._core.step()
             self._live.difference_update(e.request_id for e in events if e.finish_reason is not None)
             self._callbacks.outcome(events, refusals)
@@ -134,7 +140,14 @@ class EngineLoop:
         if refusals:
             self._callbacks.outcome([], refusals)
         self._check_alive()
-        self._wake.wait(IDLE_CHECK_S)
+        if not self._wake.wait(IDLE_CHECK_S) and self._has_worked:
+            self._check_books()
+
+    def _check_books(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._checked_at_s >= BOOKS_PERIOD_S:
+            self._core.check_books()
+            self._has_worked, self._checked_at_s = False, now_s
 
     def _take_commands(self) -> list[Refusal]:
         refusals: list[Refusal] = []
@@ -147,8 +160,7 @@ class EngineLoop:
         return refusals
 
     def _admit(self, request: EngineRequest) -> Refusal | None:
-        # A request that another replica began was accepted once: it is not refused for want of room.
-        if len(self._live) >= self._max_live_requests and not request.output_token_ids:
+        if len(self._live) >= self._max_live_requests and not request.resubmitted:
             return Refusal(
                 request.request_id,
                 f"the queue is full: {len(self._live)} requests are running or waiting, "

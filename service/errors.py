@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 from starlette.exceptions import HTTPException
 
-from engine.errors import EngineDead, M3Error, Overloaded, RequestError
+from engine.errors import EngineDead, M3Error, Overloaded, RequestError, shortened
 
 # A message may quote what the client sent; an answer must not grow with it.
 MAX_MESSAGE_CHARS = 1000
@@ -32,6 +32,14 @@ class BodyTimeout(RequestError):
 
 class UnsupportedMediaType(RequestError):
     """The body is not declared as JSON."""
+
+
+class Unauthorized(RequestError):
+    """The request has no valid API key."""
+
+
+class DeadlineExceeded(M3Error):
+    """The time that the client or the server sets for a request is over."""
 
 
 class GenerationFailed(M3Error):
@@ -81,6 +89,8 @@ class _Row:
 _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
     (NotFound, _Row(404, "invalid_request_error", "model_not_found")),
     (BodyTooLarge, _Row(413, "invalid_request_error", "request_too_large")),
+    (Unauthorized, _Row(401, "invalid_request_error", "invalid_api_key")),
+    (DeadlineExceeded, _Row(408, "timeout_error", "deadline_exceeded")),
     (BodyTimeout, _Row(408, "invalid_request_error", "body_timeout")),
     (UnsupportedMediaType, _Row(400, "invalid_request_error", "unsupported_media_type")),
     (RequestError, _Row(400, "invalid_request_error", "invalid_value")),
@@ -110,7 +120,8 @@ def answer(error: BaseException) -> ErrorAnswer:
 
 def _known_answer(error: Exception, row: _Row) -> ErrorAnswer:
     if isinstance(error, RequestError):
-        return _make(_Row(row.status, row.type, error.code), error.message, param=error.param)
+        headers = (("www-authenticate", "Bearer"),) if isinstance(error, Unauthorized) else ()
+        return _make(_Row(row.status, row.type, error.code), error.message, param=error.param, headers=headers)
     if isinstance(error, Overloaded):
         wait_s = max(1, math.ceil(error.retry_after_s))
         return _make(row, str(error), headers=(("retry-after", str(wait_s)),))
@@ -127,7 +138,5 @@ def _http_answer(error: HTTPException) -> ErrorAnswer:
 def _make(
     row: _Row, message: str, *, param: str | None = None, headers: tuple[tuple[str, str], ...] = ()
 ) -> ErrorAnswer:
-    if len(message) > MAX_MESSAGE_CHARS:
-        half = MAX_MESSAGE_CHARS // 2
-        message = f"{message[:half]} ... {message[-half:]}"
-    return ErrorAnswer(row.status, ErrorBody(ErrorDetail(message, row.type, param, row.code)), headers)
+    detail = ErrorDetail(shortened(message, MAX_MESSAGE_CHARS), row.type, param, row.code)
+    return ErrorAnswer(row.status, ErrorBody(detail), headers)

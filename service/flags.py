@@ -15,16 +15,17 @@ from pydantic.fields import FieldInfo
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from service.settings import ServiceSettings
+from service.settings import ENVIRONMENT_ONLY, ServiceSettings
 
 _ENGINE_FIELDS = frozenset(field.name for field in dataclasses.fields(EngineConfig))
-_INDEX_FIELDS = frozenset({"use_index_cache", "audit_interval", "probe_interval"})
+_INDEX_FIELDS = frozenset({"use_index_cache", "probe_interval"})
 
 
 def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
     """One flag per setting, or only for those named. A flag that is not given leaves the choice to M3SERVE_* variables
     and defaults."""
-    fields = {name: field for name, field in ServiceSettings.model_fields.items() if only is None or name in only}
+    wanted = (ServiceSettings.model_fields.keys() if only is None else set(only)) - ENVIRONMENT_ONLY
+    fields = {name: field for name, field in ServiceSettings.model_fields.items() if name in wanted}
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(map(_group, fields))}
     for name, field in fields.items():
         flag = "--" + name.replace("_", "-")
@@ -36,6 +37,8 @@ def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None =
         kind = _kind(field)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif kind is list:
+            options |= {"nargs": "+", "metavar": "TEXT"}
         else:
             options["type"] = _json_object if kind is dict else kind
             options["metavar"] = {int: "N", float: "X", dict: "JSON"}.get(kind, "TEXT")
@@ -59,7 +62,7 @@ def make_settings(**values: Any) -> ServiceSettings:
 
 
 def _group(name: str) -> str:
-    if name.startswith("index_") or name in _INDEX_FIELDS:
+    if name.startswith(("index_", "audit_")) or name in _INDEX_FIELDS:
         return "index cache"
     return "model and engine" if name in _ENGINE_FIELDS else "service"
 
@@ -67,7 +70,7 @@ def _group(name: str) -> str:
 def _help(field: FieldInfo) -> str:
     text = field.description or ""
     default = field.get_default(call_default_factory=True)
-    if field.is_required() or default is None or "default:" in text:
+    if field.is_required() or default is None or default == [] or "default:" in text:
         return text
     shown = json.dumps(default) if isinstance(default, bool | dict) else default
     return f"{text} (default: {shown})"

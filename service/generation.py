@@ -12,9 +12,9 @@ import msgspec
 
 from engine.types import EngineRequest, RequestEvent
 from service import sse
-from service.boundary import report
+from service.boundary import DEADLINE_MESSAGE, report
 from service.completion import Choice, TokenizedPrompt, chunk_usage, usage_of
-from service.errors import answer
+from service.errors import DeadlineExceeded, answer
 from service.protocol import Completion, CompletionRequest
 from service.series import RequestTimer
 from service.stream import EngineClient
@@ -32,14 +32,26 @@ class EventMerge:
     which merge it and bound it.
     """
 
-    def __init__(self, streams: Sequence[EngineStream]) -> None:
+    def __init__(self, streams: Sequence[EngineStream], deadline_s: float | None = None) -> None:
+        """deadline_s: time of the event loop; None: there is none."""
+        self._deadline_s = deadline_s
         self._queue: asyncio.Queue[tuple[int, RequestEvent | Exception]] = asyncio.Queue(len(streams))
         # All tasks begin in one turn of the event loop, so that their requests leave in one submit.
         self._tasks = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
 
     async def get(self) -> list[tuple[int, RequestEvent]]:
-        """At least one event, and all others that are there already. Raises what a stream raised."""
-        arrived = [await self._queue.get()]
+        """At least one event, and all others that are there already.
+
+        Raises what a stream raised, and DeadlineExceeded.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline_s):
+                arrived = [await self._queue.get()]
+        except TimeoutError:
+            raise DeadlineExceeded(DEADLINE_MESSAGE) from None
+        if self._deadline_s is not None and asyncio.get_running_loop().time() >= self._deadline_s:
+            # Events that are always there would never let the time run out.
+            raise DeadlineExceeded(DEADLINE_MESSAGE)
         while not self._queue.empty():
             arrived.append(self._queue.get_nowait())
         events: list[tuple[int, RequestEvent]] = []
@@ -71,8 +83,8 @@ class EventMerge:
 class CompletionRun:
     """One POST /v1/completions on its way through the engine: an asynchronous context that owns its requests.
 
-    engine_requests, timers: one per choice.  head: the envelope of the answer, without choices.  trace: of the HTTP
-    request, if it is traced.
+    engine_requests, timers: one per choice.  head: the envelope of the answer, without choices.  deadline_s: time of
+    the event loop by which the last event must have come.  trace: of the HTTP request, if it is traced.
     """
 
     def __init__(
@@ -84,6 +96,7 @@ class CompletionRun:
         timers: Sequence[RequestTimer],
         head: Completion,
         client: EngineClient,
+        deadline_s: float | None = None,
         trace: HttpTrace | None = None,
     ) -> None:
         num_per_prompt = request.num_choices_per_prompt
@@ -93,6 +106,7 @@ class CompletionRun:
         self._timers = timers
         self._head = head
         self._client = client
+        self._deadline_s = deadline_s
         self._trace = trace
         self._choice_traces: list[ChoiceTrace] = []
         self._choices = [
@@ -111,7 +125,8 @@ class CompletionRun:
             self._choice_traces = self._trace.choices(self._engine_requests, self._head.id)
             traces = [*self._choice_traces]
         pairs = zip(self._engine_requests, traces, strict=True)
-        self._merge = EventMerge([self._client.generate(request, trace) for request, trace in pairs])
+        streams = [self._client.generate(request, trace) for request, trace in pairs]
+        self._merge = EventMerge(streams, self._deadline_s)
         return self
 
     async def __aexit__(

@@ -10,10 +10,12 @@ import functools
 import hashlib
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -23,12 +25,15 @@ from starlette.exceptions import HTTPException
 
 from engine.errors import EngineDead, RequestError
 from engine.tokenizer import Tokenizer
-from engine.types import MAX_SEED, EngineInfo, EngineRequest, SamplingParams
+from engine.types import MAX_SEED, EngineInfo, EngineRequest, SamplingParams, check_prompt_len
 from service import tracing
-from service.boundary import Boundary, read_body
+from service.auth import ApiKeys
+from service.boundary import Boundary, Policy, read_body
 from service.completion import TokenizedPrompt
 from service.errors import NotFound, answer
 from service.generation import CompletionRun
+from service.limits import MAX_BODIES_IN_FLIGHT, BodyBudget, check_request_tokens
+from service.openapi import openapi_document
 from service.protocol import (
     Completion,
     CompletionRequest,
@@ -37,18 +42,23 @@ from service.protocol import (
     ModelCard,
     ModelList,
     Prompt,
+    RequestBody,
     Tokenized,
     TokenizeRequest,
+    check_entries,
     check_token_ids,
 )
 from service.settings import ServiceSettings
 from service.sse import EventStream
 from service.stream import EngineClient
 
-# Shorter texts are encoded on the event loop: a hop to a thread costs more than they do.
+# Shorter texts are encoded on the event loop: a hop to a thread costs more than they do. So it is with fewer tokens.
 INLINE_ENCODE_CHARS = 4096
+# The same for bodies that are parsed.
+INLINE_PARSE_BYTES = 64 * 2**10
 
-app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+# No redirects either: their target would be made from the Host header.
+app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 app.add_middleware(Boundary)
 
 
@@ -62,6 +72,10 @@ async def refuse_route(request: Request, error: HTTPException) -> Response:
         error.detail = f"{request.url.path} does not allow {request.method}, only {allowed}"
     refusal = answer(error)
     return Response(refusal.json(), refusal.status, dict(refusal.headers), "application/json")
+
+
+T = TypeVar("T")
+Body = TypeVar("Body", bound=RequestBody)
 
 
 def _json(payload: msgspec.Struct) -> Response:
@@ -118,6 +132,12 @@ class Ingress:
 
     async def __init__(self, settings: ServiceSettings, engine: DeploymentHandle) -> None:  # type: ignore[misc]
         self._settings = settings
+        Boundary.policy = Policy(
+            keys=ApiKeys.of(settings),
+            request_timeout_s=settings.request_timeout_s,
+            cors_allow_origins=tuple(settings.cors_allow_origins),
+        )
+        self._bodies = BodyBudget(MAX_BODIES_IN_FLIGHT * settings.max_body_bytes)
         self._tracer = Boundary.tracer = tracing.open_ingress(settings, serve.get_replica_context().replica_tag)
         self._tokenizer = Tokenizer.from_dir(settings.model)
         # Long prompts are encoded beside the event loop, so that health checks and streams go on.
@@ -132,6 +152,10 @@ class Ingress:
         self._encoders.shutdown(wait=False, cancel_futures=True)
         if self._tracer is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
+
+    async def check_health(self) -> None:
+        """Raise EngineDead when Serve should replace this process."""
+        self._client.check_health()
 
     @app.get("/health")
     async def health(self) -> Response:
@@ -157,7 +181,7 @@ class Ingress:
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         request.state.series = self._series
-        body = CompletionRequest.parse(await self._read(request))
+        body = await self._read(request, CompletionRequest)
         self._check_model(body.model)
         body.check(max_choices=self._settings.max_prompts)
         timers = [self._series.timer() for _ in range(len(body.prompt) * body.num_choices_per_prompt)]
@@ -167,9 +191,22 @@ class Ingress:
         trace = request.state.trace
         with nullcontext() if trace is None else trace.part("tokenize"):
             prompts = await self._tokenize(body.prompt, info, add_special_tokens=body.add_special_tokens)
+            self._check_lengths(prompts, body.num_choices_per_prompt, info)
+            if body.echo:
+                num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+                await self._beside(num_tokens > INLINE_ENCODE_CHARS, lambda: [prompt.echo for prompt in prompts])
         head = self._head("cmpl", info)
         requests = _engine_requests(head.id, prompts, sampling, body.num_choices_per_prompt)
-        run = CompletionRun(body, prompts, requests, timers=timers, head=head, client=self._client, trace=trace)
+        run = CompletionRun(
+            body,
+            prompts,
+            requests,
+            timers=timers,
+            head=head,
+            client=self._client,
+            deadline_s=request.state.deadline_s,
+            trace=trace,
+        )
         if body.stream:
             return EventStream(run)
         async with run:
@@ -177,26 +214,59 @@ class Ingress:
 
     @app.post("/tokenize")
     async def tokenize(self, request: Request) -> Response:
-        body = TokenizeRequest.parse(await self._read(request))
+        body = await self._read(request, TokenizeRequest)
         self._check_model(body.model)
         info = await self._client.info()
         token_ids: list[int] = []
         if body.prompt:
             [prompt] = await self._tokenize([body.prompt], info, add_special_tokens=body.add_special_tokens)
             token_ids = prompt.token_ids
-        texts = [self._tokenizer.token_text(t) for t in token_ids] if body.return_token_strs else None
-        return _json(Tokenized(len(token_ids), info.max_model_len, token_ids, texts))
+        text_of = self._tokenizer.token_text
+
+        def make() -> Response:
+            texts = [text_of(token_id) for token_id in token_ids] if body.return_token_strs else None
+            return _json(Tokenized(len(token_ids), info.max_model_len, token_ids, texts))
+
+        return await self._beside(len(token_ids) > INLINE_ENCODE_CHARS, make)
 
     @app.post("/detokenize")
     async def detokenize(self, request: Request) -> Response:
-        body = DetokenizeRequest.parse(await self._read(request))
+        body = await self._read(request, DetokenizeRequest)
         self._check_model(body.model)
         if body.tokens:
-            check_token_ids(body.tokens, (await self._client.info()).vocab_size, "tokens")
-        return _json(Detokenized(self._tokenizer.decode(body.tokens, skip_special_tokens=False)))
+            info = await self._client.info()
+            check_entries("tokens", body.tokens, info.max_model_len, param="tokens")
+            check_token_ids(body.tokens, info.vocab_size, "tokens")
+        return await self._beside(
+            len(body.tokens) > INLINE_ENCODE_CHARS,
+            lambda: _json(Detokenized(self._tokenizer.decode(body.tokens, skip_special_tokens=False))),
+        )
 
-    async def _read(self, request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, max_bytes=self._settings.max_body_bytes)
+    @app.get("/openapi.json")
+    async def openapi(self) -> Response:
+        """The document of this API, where enable_docs is set. There is no page that shows it."""
+        if not self._settings.enable_docs:
+            raise HTTPException(404)
+        return Response(msgspec.json.encode(openapi_document(self._settings)), media_type="application/json")
+
+    async def _read(self, request: Request, model: type[Body]) -> Body:
+        """The body of a request, checked."""
+        body = await read_body(
+            request.scope, request.receive, max_bytes=self._settings.max_body_bytes, budget=self._bodies
+        )
+        return await self._beside(len(body) > INLINE_PARSE_BYTES, lambda: model.parse(body))
+
+    async def _beside(self, is_long: bool, work: Callable[[], T]) -> T:
+        """Work that takes long, in a thread, so that the event loop goes on."""
+        if not is_long:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+
+    def _check_lengths(self, prompts: list[TokenizedPrompt], num_per_prompt: int, info: EngineInfo) -> None:
+        """The engine checks too; here, what is refused costs nothing more."""
+        for prompt in prompts:
+            check_prompt_len(len(prompt.token_ids), info.max_model_len)
+        check_request_tokens(sum(len(prompt.token_ids) for prompt in prompts), num_per_prompt)
 
     def _check_model(self, name: str | None) -> None:
         served = self._settings.model_name
@@ -235,13 +305,10 @@ class Ingress:
         # Absent means true, as with vLLM: what the tokenizer itself adds to a raw prompt, often nothing.
         special = add_special_tokens is not False
         started_s = time.monotonic()
-        if sum(map(len, texts)) <= INLINE_ENCODE_CHARS:
-            encoded = self._tokenizer.encode_batch(texts, add_special_tokens=special)
-        else:
-            loop = asyncio.get_running_loop()
-            encoded = await loop.run_in_executor(
-                self._encoders, lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special)
-            )
+        encoded = await self._beside(
+            sum(map(len, texts)) > INLINE_ENCODE_CHARS,
+            lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special),
+        )
         self._series.observe_tokenize(time.monotonic() - started_s)
         for i, ids in enumerate(encoded):
             if not ids:

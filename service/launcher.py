@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import signal
+import ssl
 import sys
 import tempfile
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import ray
@@ -28,6 +29,7 @@ from engine.ray_executor import rank_resources
 from service.app import build
 from service.exporter import Exporter
 from service.settings import ServiceSettings
+from service.tls import client_context
 
 APP_NAME = "m3serve"
 PROGRESS_PERIOD_S = 10.0
@@ -64,7 +66,7 @@ def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> 
             signals.install()
             stack.enter_context(_application(settings, signals, is_ours=ray_address is None))
             if _wait_until_ready(settings, signals):
-                base = f"http://{_reachable(settings.host)}:{settings.port}/v1"
+                base = f"{_base_url(settings)}/v1"
                 metrics = f"http://{_reachable(settings.host)}:{settings.metrics_port}/metrics"
                 name = settings.model_name
                 print(f"m3serve ready: {base} model={name} plan={plan} metrics={metrics}", flush=True)
@@ -81,6 +83,11 @@ def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> 
 def _say(text: str) -> None:
     """Progress, for the person at the terminal; stdout carries the ready line alone."""
     print(f"m3serve: {text}", file=sys.stderr, flush=True)
+
+
+def _base_url(settings: ServiceSettings) -> str:
+    scheme = "http" if settings.tls_cert_file is None else "https"
+    return f"{scheme}://{_reachable(settings.host)}:{settings.port}"
 
 
 def _reachable(host: str) -> str:
@@ -161,8 +168,13 @@ def _check_gpus(settings: ServiceSettings) -> None:
 def _application(settings: ServiceSettings, signals: _Signals, *, is_ours: bool) -> Iterator[None]:
     """Serve and the application on it; at the end, what runs may finish. is_ours: the Ray below is private."""
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    http_options: dict[str, Any] = {"host": settings.host, "port": settings.port}
+    if settings.tls_cert_file is not None and settings.tls_key_file is not None:
+        # The proxy is a process with a working directory of its own.
+        files = {"ssl_certfile": settings.tls_cert_file, "ssl_keyfile": settings.tls_key_file}
+        http_options |= {name: os.path.abspath(path) for name, path in files.items()}
     serve.start(
-        http_options={"host": settings.host, "port": settings.port},
+        http_options=http_options,
         proxy_location="HeadOnly",
         logging_config=logging_config,
     )
@@ -230,7 +242,8 @@ def _wait_until_ready(settings: ServiceSettings, signals: _Signals) -> bool:
     """True once a request would be answered; False when a signal came first. Says what it waits for."""
     started_s = time.monotonic()
     shown, shown_s = "", started_s
-    url = f"http://{_reachable(settings.host)}:{settings.port}/ready"
+    url = f"{_base_url(settings)}/ready"
+    verify = True if settings.tls_cert_file is None else client_context(settings.tls_cert_file)
     while time.monotonic() < started_s + settings.start_timeout_s:
         status = _application_status()
         state = _describe(status)
@@ -239,7 +252,7 @@ def _wait_until_ready(settings: ServiceSettings, signals: _Signals) -> bool:
             _say(f"{state}, {shown_s - started_s:.0f} s")
         if status is not None:
             _raise_failure(status)
-            if status.status == ApplicationStatus.RUNNING and _answers(url):
+            if status.status == ApplicationStatus.RUNNING and _answers(url, verify):
                 return True
         if signals.stop.wait(timeout=POLL_S):
             return False
@@ -266,8 +279,8 @@ def _raise_failure(status: ApplicationStatusOverview) -> None:
         raise ServiceFailed("\n".join(messages))
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, verify: ssl.SSLContext | bool) -> bool:
     try:
-        return httpx.get(url, timeout=5.0, trust_env=False).status_code == 200
+        return httpx.get(url, timeout=5.0, trust_env=False, verify=verify).status_code == 200
     except httpx.HTTPError:
         return False

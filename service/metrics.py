@@ -143,6 +143,18 @@ FAILOVER_SECONDS = _ingress.histogram(
 GIVEN_UP = _ingress.counter(
     "m3_failovers_given_up_total", "requests", "Requests that ended in an error after retry_limit resubmissions", _MODEL
 )
+NOT_ACCEPTED = _ingress.counter(
+    "m3_submits_not_accepted_total",
+    "calls",
+    "Submits sent again since the replica they reached was about to end, or none accepted them in time",
+    _MODEL,
+)
+TOKEN_MISMATCHES = _ingress.counter(
+    "m3_token_mismatches_total",
+    "requests",
+    "Requests that ended with another number of tokens than their replica counted; always 0 but for a bug",
+    _MODEL,
+)
 TOKENIZE_SECONDS = _ingress.histogram(
     "m3_tokenize_seconds", "seconds", "Encoding the text prompts of one HTTP request", _MODEL, _ENCODE_S
 )
@@ -251,6 +263,18 @@ ENGINE_LOAD_SECONDS = _replica.gauge(
 ENGINE_DEATHS = _replica.counter(
     "m3_engine_deaths_total", "replicas", "Worker groups lost: a rank died, hung or failed", _ENGINE
 )
+PAGE_CHECK_FAILURES = _replica.counter(
+    "m3_page_check_failures_total",
+    "replicas",
+    "Idle engines that ended since their page accounting did not balance; always 0 but for a bug",
+    _ENGINE,
+)
+NOT_FINITE = _replica.counter(
+    "m3_requests_not_finite_total",
+    "requests",
+    "Requests that ended in an error since their logits held a NaN or an infinity",
+    _ENGINE,
+)
 WEIGHT_BYTES = _replica.gauge("m3_weight_bytes", "bytes", "Weights of rank 0", _ENGINE)
 RANK_FORWARD_SECONDS = _replica.counter(
     "m3_rank_forward_seconds_total", "seconds", "Each rank in the model, on probed steps", _RANK
@@ -283,7 +307,8 @@ INDEX_SELECTIONS = _index.counter(
 INDEX_OVERLAP_SUM = _index.counter(
     "m3_index_overlap_sum_total",
     "ratio",
-    "Audit of reuse layers: sum of |fresh and reused| / |fresh| over (token, index head)",
+    "Audit of reuse layers: sum of |fresh and reused| / |fresh| over (token, index head), the forced blocks included; "
+    "while the guard is active, of what reuse would have given",
     _LAYER,
 )
 INDEX_OVERLAP_COUNT = _index.counter(
@@ -292,9 +317,24 @@ INDEX_OVERLAP_COUNT = _index.counter(
     "Audit of reuse layers: (token, index head) pairs that had more blocks than they could select",
     _LAYER,
 )
+INDEX_GUARD_ACTIVE = _index.gauge(
+    "m3_index_guard_active",
+    "0 or 1",
+    "Whether the audit's guard has every sparse layer select for itself, since overlaps were below audit_overlap_floor",
+    _ENGINE,
+)
+INDEX_GUARD_TRIPS = _index.counter(
+    "m3_index_guard_trips_total", "trips", "How often the audit's guard became active", _ENGINE
+)
+INDEX_PLAN_ACTIVE = _index.gauge(
+    "m3_index_plan_active",
+    "0 or 1",
+    "1 for the plan by which steps run: that of m3_engine_info, or while the guard is active the one without an S",
+    (*_ENGINE, "plan"),
+)
 INDEX_LAYER_INFO = _index.gauge(
     "m3_index_layer_info",
     "constant 1",
-    "The plan by layer. role: dense, compute or reuse. source: the layer whose selection it attends with",
+    "The configured plan by layer. role: dense, compute or reuse. source: the layer whose selection it attends with",
     (*_LAYER, "role", "source"),
 )

@@ -29,7 +29,8 @@ from service.flags import add_settings, given_settings, make_settings
 _SETTINGS = (
     "model", "dtype", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
     "memory_fraction", "kv_cache_dtype", "index_cache_dtype", "hf_overrides", "use_index_cache", "index_topk_freq",
-    "index_topk_pattern", "index_skip_topk_offset", "index_plan_file", "index_reuse", "enforce_eager",
+    "index_topk_pattern", "index_skip_topk_offset", "index_plan_file", "index_reuse", "audit_overlap_floor",
+    "enforce_eager",
 )  # fmt: skip
 # Ranks of a replica, where the command line does not say: powers of two up to the GPUs of a node.
 _GPUS_PER_NODE = 8
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         audited=config.index_reuse == "audited",
         format_of=format_of,
         captured=not config.enforce_eager,
+        guarded=config.audit_overlap_floor is not None,
         **_elements(config, model),
     )
     footprints = _footprints(base, args.gpus_per_node, given_ranks)

@@ -13,13 +13,16 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from engine.errors import RequestError
-from engine.types import SamplingParams
+from engine.types import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from service.limits import MAX_PROMPTS
 
 MAX_N = 128
+# Of one object: no body has more, and each one that is unknown would cost an error of its own.
+MAX_FIELDS = 64
 _MAX_QUOTE_CHARS = 80
 
 Prompt = str | list[int]
@@ -47,6 +50,19 @@ class RequestBody(BaseModel):
 
     # Fields of the same API elsewhere that are not honoured here, with the reason.
     refused: ClassVar[dict[str, str]] = {}
+    # Lists and objects that are counted before their entries are looked at: an error per entry of a large body takes
+    # minutes and gigabytes.
+    max_entries: ClassVar[dict[str, int]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            check_entries("the body", value, MAX_FIELDS, param=None)
+            for name, limit in cls.max_entries.items():
+                if isinstance(entries := value.get(name), list | dict):
+                    check_entries(name, entries, limit, param=name)
+        return value
 
     @classmethod
     def parse(cls: type[_Body], body: bytes) -> _Body:
@@ -86,12 +102,20 @@ class RequestBody(BaseModel):
 
 def quote(value: Any) -> str:
     """A value for an error message, as JSON and shortened: it came from outside and may be huge."""
-    if isinstance(value, list | dict) and len(value) > 8:
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)} entries"
+    if isinstance(value, list | dict):
+        below = value.values() if isinstance(value, dict) else value
+        if len(value) > 8 or any(isinstance(entry, list | dict) for entry in below):
+            return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)} entries"
     if isinstance(value, str) and len(value) > _MAX_QUOTE_CHARS:
         return f"a string of {len(value)} characters"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _MAX_QUOTE_CHARS else f"{text[:_MAX_QUOTE_CHARS]}..."
+
+
+def check_entries(name: str, entries: list[Any] | dict[Any, Any], limit: int, *, param: str | None) -> None:
+    """RequestError when there are more than `limit`."""
+    if len(entries) > limit:
+        raise RequestError(f"{name} has {len(entries)} entries, at most {limit} are allowed", param=param)
 
 
 def _invalid_json(body: bytes, error: ErrorDetails) -> RequestError:
@@ -124,6 +148,11 @@ class CompletionRequest(RequestBody):
         "use_beam_search": "there is no beam search",
         "prompt_embeds": "prompts are text or token ids",
         "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",
+    }
+    max_entries: ClassVar[dict[str, int]] = {
+        "stop": MAX_STOP_STRINGS,
+        "stop_token_ids": MAX_STOP_TOKEN_IDS,
+        "logit_bias": MAX_LOGIT_BIAS,
     }
 
     model: str | None = None
@@ -233,18 +262,23 @@ def parse_prompts(value: Any) -> list[Prompt]:
         raise _prompt_type(f"prompt must be a string or a list, got {quote(value)}")
     if not value:
         raise RequestError("prompt is an empty list", param="prompt", code="empty_prompt")
+    check_entries("prompt", value, MAX_PROMPTS, param="prompt")
     kind = type(value[0])
     for i, prompt in enumerate(value):
         if kind not in (str, list) or type(prompt) is not kind:
             raise _prompt_type(f"prompt must hold only strings or only lists of token ids, got {quote(prompt)} at {i}")
         if not prompt:
             raise RequestError(f"prompt {i} is empty: it needs at least one token", param="prompt", code="empty_prompt")
-        if kind is list:
-            for j, token in enumerate(prompt):
-                # Exactly int: true would pass as an instance of it.
-                if type(token) is not int:
-                    raise _prompt_type(f"prompt {i} must hold integer token ids, got {quote(token)} at {j}")
+        if isinstance(prompt, list) and (j := first_not_int(prompt)) is not None:
+            raise _prompt_type(f"prompt {i} must hold integer token ids, got {quote(prompt[j])} at {j}")
     return value
+
+
+def first_not_int(values: list[Any]) -> int | None:
+    """Where the first value stands that is no integer, None if all are. true is none, though it is an instance."""
+    if set(map(type, values)) <= {int}:
+        return None
+    return next(i for i, value in enumerate(values) if type(value) is not int)
 
 
 def _prompt_type(message: str) -> RequestError:
@@ -295,6 +329,15 @@ class DetokenizeRequest(RequestBody):
 
     model: str | None = None
     tokens: list[int]
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        if isinstance(value, list) and (i := first_not_int(value)) is not None:
+            raise RequestError(
+                f"tokens must hold integer token ids, got {quote(value[i])} at {i}", param="tokens", code="invalid_type"
+            )
+        return value
 
 
 # --- answers; UNSET fields are extensions, left out unless asked for ---------------------------------

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 # After its group died, a replica answers its open submits within this time, then its process ends: Serve and the
 # routers notice a dead actor at once, an unhealthy one only after three health checks.
 EXIT_DELAY_S = 0.5
+# How often an ingress with open requests hears of this replica at least.
+ALIVE_PERIOD_S = 1.0
 _submit_decoder = msgspec.msgpack.Decoder(Submit)
 
 
@@ -245,9 +247,9 @@ class EngineReplica:
             self._event_loop.call_later(EXIT_DELAY_S, self._exit)
 
     def _exit(self) -> None:
-        self._engine.close()
+        # Requests wait for this process to end: what is still to be done has no time to hang.
+        self._engine.close(timeout_s=EXIT_DELAY_S)
         if self._tracer is not None:
-            # Requests wait for this process to end: a collector that is slow is not to hold them up.
             self._tracer.close(timeout_s=EXIT_DELAY_S)
         os._exit(1)
 
@@ -266,7 +268,9 @@ class EngineReplica:
         self._control, self._control_endpoint = bind_pull(
             zmq.asyncio.Context(self._context), directory=None, name="control", host=self._data_host
         )
-        self._control_task = asyncio.create_task(self._read_control())
+        self._tasks = [asyncio.create_task(self._read_control()), asyncio.create_task(self._tell_alive())]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_end)
         try:
             self._engine.check_health()
         except EngineDead as error:
@@ -279,6 +283,23 @@ class EngineReplica:
                 self._series.count_dropped_message()
                 continue
             self._abort([request_id for request_id in message[1].request_ids if request_id in self._calls])
+
+    async def _tell_alive(self) -> None:
+        """Ingresses take a replica that says nothing for long for lost; steps may take long, or give them nothing."""
+        while True:
+            await asyncio.sleep(ALIVE_PERIOD_S)
+            try:
+                self._engine.check_health()
+            except EngineDead:
+                continue  # what the scheduler thread does not look after had better go elsewhere
+            for peer in {call.peer.endpoint: call.peer for call in self._calls.values()}.values():
+                if self._peers.get(peer.endpoint) is peer:
+                    self._send(peer, Kind.ALIVE, None)
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """Such a task ends by a bug alone; without it aborts would not be heard."""
+        if self._dead is None:
+            self._die(f"the control loop failed: {None if task.cancelled() else task.exception()!r}")
 
     def _peer(self, endpoint: str, token: bytes) -> _Peer:
         peer = self._peers.get(endpoint)
@@ -295,7 +316,8 @@ class EngineReplica:
 
     async def _watch(self, peer: _Peer) -> None:
         """Abort the requests of an ingress that went away."""
-        monitor = zmq.asyncio.Socket(peer.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
+        # CLOSED: it refused the connection. An ingress listens before it submits anything.
+        monitor = zmq.asyncio.Socket(peer.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED))
         await recv_monitor_message(monitor)
         log.warning("ingress %s disconnected", peer.endpoint)
         self._forget(peer)

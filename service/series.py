@@ -76,7 +76,11 @@ class EngineSeries:
             "held_pages": metrics.KV_PAGES.labels(*labels, "held"),
             "cached_pages": metrics.KV_PAGES.labels(*labels, "cached"),
             "blank_pages": metrics.KV_PAGES.labels(*labels, "blank"),
+            "guard_active": metrics.INDEX_GUARD_ACTIVE.labels(*labels),
         }
+        self._plans = [metrics.INDEX_PLAN_ACTIVE.labels(*labels, info.plan)]
+        if info.fallback_plan is not None:
+            self._plans.append(metrics.INDEX_PLAN_ACTIVE.labels(*labels, info.fallback_plan))
         self._histograms: dict[str, Histogram] = {
             "queue_s": metrics.REQUEST_QUEUE_TIME.labels(*labels),
             "prefill_s": metrics.REQUEST_PREFILL_TIME.labels(*labels),
@@ -113,6 +117,8 @@ class EngineSeries:
             metrics.INDEX_LAYER_INFO.labels(*labels, str(layer_id), role.name.lower(), source).set(1)
             if role is not Role.DENSE:
                 self._growth.grow(metrics.INDEX_SELECTIONS, 0, str(layer_id), role.name.lower())
+            if role is Role.REUSE and info.fallback_plan is not None:
+                self._growth.grow(metrics.INDEX_SELECTIONS, 0, str(layer_id), Role.COMPUTE.name.lower())
 
     def update(self, stats: EngineStats, *, dropped_replies: int = 0) -> None:
         """Publish what changed, if it is time to. Called after each step by the thread that owns `stats`.
@@ -137,6 +143,8 @@ class EngineSeries:
         # Last: who sees an idle engine sees all that it did.
         for name, gauge in self._gauges.items():
             gauge.set(getattr(stats, name))
+        for is_fallback, plan in enumerate(self._plans):
+            plan.set(is_fallback == stats.guard_active)
 
     def _publish_counters(self, stats: EngineStats) -> None:
         grow = self._growth.grow
@@ -151,6 +159,9 @@ class EngineSeries:
         grow(metrics.PLAN_SECONDS, stats.plan_s)
         grow(metrics.FORWARD_SECONDS, stats.forward_s)
         grow(metrics.PYTHON_SECONDS, stats.python_s)
+        grow(metrics.INDEX_GUARD_TRIPS, stats.guard_trips)
+        grow(metrics.PAGE_CHECK_FAILURES, stats.page_check_failures)
+        grow(metrics.NOT_FINITE, stats.not_finite)
         for rank, times in stats.ranks.items():
             grow(metrics.RANK_FORWARD_SECONDS, times.forward_s, str(rank))
             grow(metrics.RANK_COLLECTIVE_SECONDS, times.collective_s, str(rank))
@@ -203,6 +214,8 @@ class IngressSeries:
         self._submit = metrics.SUBMIT_REQUESTS.labels(model_name)
         self._failover = metrics.FAILOVER_SECONDS.labels(model_name)
         self._given_up = metrics.GIVEN_UP.labels(model_name)
+        self._not_accepted = metrics.NOT_ACCEPTED.labels(model_name)
+        self._token_mismatches = metrics.TOKEN_MISMATCHES.labels(model_name)
         self._dropped = metrics.DROPPED_MESSAGES.labels(model_name, "events")
         self._failovers = {
             cause: metrics.FAILOVERS.labels(model_name, cause) for cause in ("replica_lost", "events_lost")
@@ -242,6 +255,15 @@ class IngressSeries:
     def count_given_up(self) -> None:
         """A request was resubmitted as often as allowed."""
         self._given_up.inc()
+
+    def count_not_accepted(self) -> None:
+        """A submit has to be sent again: no replica accepted it."""
+        self._not_accepted.inc()
+
+    def count_token_mismatches(self, num_requests: int) -> None:
+        """Requests were delivered with another number of tokens than their replica counted."""
+        if num_requests:
+            self._token_mismatches.inc(num_requests)
 
     def count_refusal(self, code: str) -> None:
         """A request was not run. code: the machine-readable code of the error, from our fixed set."""

@@ -9,25 +9,27 @@ import argparse
 import importlib
 import os
 import socket
-import subprocess
 import sys
 from typing import Any
 
-from engine.config import resolve_model
+from deploy.demo import CHECKPOINT
+from engine.config import PAGE_SIZE, resolve_model
 from engine.errors import ConfigError
 from engine.msa.plan import IndexPlan
 from engine.tokenizer import Tokenizer
-from service import tracing
+from service import tls, tracing
+from service.auth import ApiKeys
 from service.flags import add_settings, given_settings, make_settings
 from service.settings import ServiceSettings
 
-DEMO_TIMEOUT_S = 300.0
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 _EPILOG = """\
-Every flag can also be set by an environment variable: --max-num-seqs is M3SERVE_MAX_NUM_SEQS.
+Every flag can also be set by an environment variable: --max-num-seqs is M3SERVE_MAX_NUM_SEQS. M3SERVE_API_KEYS, which
+has no flag, holds API keys separated by commas.
 
 examples:
-  m3serve serve                                    the untrained demo checkpoint, on CPU
+  m3serve serve                                    the demo checkpoint m3-nano, on CPU
   m3serve serve --model /models/MiniMax-M3 --tensor-parallel-size 8
   m3serve serve --model DIR --index-topk-freq 4    one sparse layer in four selects, the others reuse
   m3serve serve --model DIR --ray-address auto     join the Ray cluster that runs on this machine
@@ -63,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if "model" not in values and "M3SERVE_MODEL" not in os.environ:
         values["model"] = demo_checkpoint()
     settings = make_settings(**values)
+    # They are in the settings now: what is started from here inherits the environment.
+    os.environ.pop("M3SERVE_API_KEYS", None)
+    tls.check(settings, ray_address=args.ray_address)
     plan = check(settings)
     settings = settings.model_copy(
         update={
@@ -82,22 +87,23 @@ def say(text: str) -> None:
 
 
 def demo_checkpoint() -> str:
-    """The demo checkpoint, made in a process of its own: its maker needs torch, this process does not."""
-    command = [sys.executable, "-m", "deploy.demo.make_checkpoint"]
-    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=DEMO_TIMEOUT_S, check=False)
-    if made.returncode != 0:
-        raise ConfigError(f"no --model given, and {' '.join(command)} failed with status {made.returncode}")
-    path = made.stdout.strip().splitlines()[-1]
-    say(f"no --model given: serving the untrained demo checkpoint {path}")
-    return path
+    """The directory of m3-nano, the small trained checkpoint of the package."""
+    say(f"no --model given: serving the demo checkpoint {CHECKPOINT}")
+    return str(CHECKPOINT)
 
 
 def check(settings: ServiceSettings) -> IndexPlan:
     """What can be wrong with settings and checkpoint, found before any process starts; the resolved plan."""
     tracing.check(settings)
+    if ApiKeys.of(settings) is None and settings.host not in LOOPBACK:
+        say(f"no API key is needed: whoever reaches {settings.host} may use this service (--api-key-file)")
     config = settings.engine_config()
     model, knobs = resolve_model(config)
     Tokenizer.from_dir(config.model, vocab_size=model.vocab_size)
+    max_tokens = config.max_model_len or model.max_positions
+    note = knobs.note(config.model, exact_tokens=model.topk_blocks * PAGE_SIZE, max_tokens=max_tokens)
+    if note is not None:
+        say(note[1])
     return knobs.build_plan(model.is_sparse)
 
 

@@ -28,6 +28,9 @@ _ELSEWHERE = {
     "port": "set http_options.port",
     "metrics_port": "the exporter has its own command line (python -m service.exporter)",
     "ray_metrics_port": "ray start has --metrics-export-port",
+    "tls_cert_file": "set http_options.ssl_certfile",
+    "tls_key_file": "set http_options.ssl_keyfile",
+    "api_keys": "a file is no place for secrets: set api_key_file, or the variable M3SERVE_API_KEYS of Ray's processes",
 }
 
 
@@ -77,7 +80,7 @@ def _check_application(application: dict[str, Any], where: str) -> None:
     _refuse_unknown(args, ServiceSettings.model_fields, f"{where}.args")
     for name, instead in _ELSEWHERE.items():
         if name in args:
-            raise ConfigError(f"{where}.args.{name}: has no effect in a Serve config; {instead}")
+            raise ConfigError(f"{where}.args.{name}: does not belong in a Serve config; {instead}")
     try:
         ServiceSettings(**args).engine_config()
     except ValidationError as error:

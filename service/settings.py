@@ -6,15 +6,20 @@ Below this module nothing reads the environment: it takes ServiceSettings or the
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.config import EngineConfig
+from service.limits import MAX_PROMPTS, MAX_TIMEOUT_S, MIN_TIMEOUT_S
 
 _ENGINE_FIELDS = {f.name: f for f in fields(EngineConfig)}
+# A command line is seen by everybody on the machine, and a file of settings by many.
+ENVIRONMENT_ONLY = frozenset({"api_keys"})
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
 
 def _engine(name: str) -> Any:
@@ -57,6 +62,10 @@ class ServiceSettings(BaseSettings):
     index_plan_file: str | None = _engine("index_plan_file")
     index_reuse: str = _engine("index_reuse")
     audit_interval: int = _engine("audit_interval")
+    audit_overlap_floor: float | None = _engine("audit_overlap_floor")
+    audit_overlap_margin: float = _engine("audit_overlap_margin")
+    audit_trip_after: int = _engine("audit_trip_after")
+    audit_recover_after: int = _engine("audit_recover_after")
     probe_interval: int | None = _engine("probe_interval")
     enforce_eager: bool = _engine("enforce_eager")
     async_scheduling: bool | None = _engine("async_scheduling")
@@ -109,6 +118,9 @@ class ServiceSettings(BaseSettings):
     submit_timeout_s: float = Field(
         default=10.0, gt=0, description="how long a new request waits for a replica to accept it"
     )
+    silence_timeout_s: float = Field(
+        default=15.0, gt=0, description="an engine replica that says nothing for so long loses its requests to others"
+    )
     max_undelivered_tokens: int = Field(
         default=65536, ge=1, description="tokens kept for a client that reads slowly; more end its request"
     )
@@ -121,8 +133,45 @@ class ServiceSettings(BaseSettings):
     graceful_shutdown_timeout_s: float = Field(
         default=600.0, gt=0, description="how long a replica that stops may finish its requests"
     )
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1024, description="largest HTTP request body")
-    max_prompts: int = Field(default=256, ge=1, description="prompts times n of one HTTP request")
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024, description="largest HTTP request body")
+    max_prompts: int = Field(default=256, ge=1, le=MAX_PROMPTS, description="prompts times n of one HTTP request")
+    request_timeout_s: float | None = Field(
+        default=None,
+        ge=MIN_TIMEOUT_S,
+        le=MAX_TIMEOUT_S,
+        description="how long one HTTP request may take, to its last token; x-request-timeout-seconds asks for less. "
+        "default: no limit",
+    )
+    api_key_file: str | None = Field(
+        default=None,
+        description="file of API keys, one a line, read again when it changes; default: no key is needed",
+    )
+    api_keys: SecretStr | None = Field(
+        default=None, description="API keys, separated by commas, beside those of api_key_file (environment only)"
+    )
+    tls_cert_file: str | None = Field(
+        default=None, description="certificate chain (PEM): the HTTP server speaks TLS (CLI; Serve YAML has its own)"
+    )
+    tls_key_file: str | None = Field(default=None, description="private key of tls_cert_file (PEM, no password; CLI)")
+    cors_allow_origins: Annotated[list[str], NoDecode] = Field(
+        default_factory=list,
+        description="origins whose pages may use the API from a browser, as https://app.example.com; *: all",
+    )
+    enable_docs: bool = Field(default=False, description="serve the OpenAPI document at /openapi.json")
+
+    @field_validator("cors_allow_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """A variable has commas between them."""
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"an origin is SCHEME://HOST, with a port if need be and nothing after it: {origin}")
+        return value
 
     def engine_config(self) -> EngineConfig:
         """The engine's share of the settings, checked. Raises ConfigError."""

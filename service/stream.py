@@ -6,8 +6,6 @@ Loads no torch. All calls are made on the event loop that called `start`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -20,12 +18,15 @@ import zmq.asyncio
 from ray.serve.exceptions import BackPressureError
 
 from engine.errors import EngineDead, Overloaded
-from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
+from engine.transport import Gate, Kind, bind_pull, encode, new_epoch, new_token
 from engine.types import EngineInfo, EngineRequest, RequestEvent
 from service.batcher import Batcher
-from service.messages import Abort, Accepted, Ended, StepEvents, Submit, SubmitReply
+from service.messages import Accepted, StepEvents, Submit, SubmitReply
+from service.probe import EngineProbe
+from service.replica_table import ReplicaTable
 from service.series import IngressSeries
 from service.settings import ServiceSettings
+from service.submit_batch import SubmitBatch, describe_gap
 from service.token_stream import TokenStream
 
 if TYPE_CHECKING:  # at run time only where tracing is on
@@ -33,42 +34,15 @@ if TYPE_CHECKING:  # at run time only where tracing is on
 
 log = logging.getLogger(__name__)
 
-PROBE_PERIOD_S = 2.0
-# A replica that does not answer a probe within this time does not count as ready.
-PROBE_TIMEOUT_S = 4.0
-# How often overdue submits are looked for.
+# How often overdue submits and silent replicas are looked for.
 SWEEP_PERIOD_S = 0.5
-# A replica without requests for so long may have been removed; its next Accepted brings it back.
-FORGET_AFTER_S = 60.0
 # The reply to a submit and the events travel on different paths: how long the last events may come after it.
 LAST_EVENTS_TIMEOUT_S = 2.0
-RETRY_BACKOFF_S = 0.25
-_info_decoder = msgspec.msgpack.Decoder(EngineInfo)
+# A replica that is about to end refuses what it is still sent: the routers need a moment to find out. The pause before
+# the next try doubles up to the limit; such tries are bounded by the stream's deadline, not by the retry limit.
+FIRST_PAUSE_S = 0.1
+MAX_PAUSE_S = 1.0
 _reply_decoder = msgspec.msgpack.Decoder(SubmitReply)
-
-
-@dataclasses.dataclass(slots=True)
-class _Batch:
-    """One submit and what is known of it.
-
-    attempt_ids: of its requests.  deadline_s: when a replica must have accepted it.
-    """
-
-    submit_id: int
-    attempt_ids: list[str]
-    deadline_s: float
-    on_its_way: asyncio.Future[None]
-    call: asyncio.Task[None] | None = None
-    replica_id: str | None = None
-
-
-@dataclasses.dataclass(slots=True)
-class _Replica:
-    """Where to send aborts."""
-
-    socket: zmq.Socket[Any]
-    token: bytes
-    used_at_s: float
 
 
 class EngineClient:
@@ -81,47 +55,65 @@ class EngineClient:
         self._client_id = f"{new_epoch():016x}"
         self._epoch = new_epoch()
         self.token = new_token()
-        self._gate = Gate("events", self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents})
+        self._gate = Gate(
+            "events", self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents, Kind.ALIVE: type(None)}
+        )
         self._streams: dict[str, TokenStream] = {}
-        self._batches: dict[int, _Batch] = {}
-        self._replicas: dict[str, _Replica] = {}
+        self._batches: dict[int, SubmitBatch] = {}
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._replicas = ReplicaTable(self._context, self._epoch)
         self._batcher = Batcher(self._send)
         self._num_attempts = 0
         self.num_submits = 0
         self._tasks: list[asyncio.Task[None]] = []
-        self._info: EngineInfo | None = None
-        self._answered_at_s: float | None = None
-        self._probe_now = asyncio.Event()
-        self._closed = False
+        # Why no more requests are taken.
+        self._stopped: str | None = None
 
     async def start(self, handle: Any) -> None:
         """Bind the event socket and begin to watch the replicas behind `handle` (a Serve DeploymentHandle)."""
         self._handle = handle
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._probe = EngineProbe(handle)
         host = self._settings.data_host or ray.util.get_node_ip_address()
         self._socket, self.endpoint = bind_pull(
             zmq.asyncio.Context(self._context), directory=None, name="events", host=host
         )
-        for work in (self._read_events(), self._probe(), self._sweep()):
-            self._tasks.append(asyncio.create_task(work))
+        for work in (self._read_events(), self._probe.run(), self._sweep()):
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._watch)
+            self._tasks.append(task)
 
     async def close(self) -> None:
         """End every stream with EngineDead and free the sockets. Safe to call twice."""
-        if self._closed:
+        if self._context.closed:
             return
-        self._closed = True
+        self._stop("the service is shutting down")
         calls = [batch.call for batch in self._batches.values() if batch.call is not None]
         for task in (*self._tasks, *calls):
             task.cancel()
         await asyncio.gather(*self._tasks, *calls, return_exceptions=True)
-        for stream in self._streams.values():
-            stream.fail(EngineDead("the service is shutting down"))
-        self._streams.clear()
         # Every socket by hand: a context waits for ever for one that it does not know of.
         self._socket.close(linger=0)
-        for replica in self._replicas.values():
-            replica.socket.close(linger=0)
+        self._replicas.close()
         self._context.term()
+
+    def check_health(self) -> None:
+        """Raise EngineDead when this client can serve no more requests, whatever the replicas do."""
+        if self._stopped is not None:
+            raise EngineDead(self._stopped)
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        """A task that ends by itself has a bug: nobody would read events, or end what waits for them."""
+        if self._stopped is None:
+            # Cancelled: by zmq, whose waits end so when their socket is closed.
+            error = None if task.cancelled() else task.exception()
+            log.critical("the token plane failed", exc_info=error)
+            self._stop(f"the token plane of this front failed: {error!r}")
+
+    def _stop(self, cause: str) -> None:
+        self._stopped = self._stopped or cause
+        for stream in self._streams.values():
+            stream.fail(EngineDead(cause))
+        self._streams.clear()
 
     async def generate(
         self, request: EngineRequest, trace: ChoiceTrace | None = None
@@ -138,6 +130,7 @@ class EngineClient:
         ERROR comes with `event.error`.
         """
         stream = TokenStream(request, self._settings.max_undelivered_tokens, trace)
+        stream.accept_by_s = time.monotonic() + self._settings.submit_timeout_s
         self._queue(stream)
         try:
             while True:
@@ -151,19 +144,11 @@ class EngineClient:
 
     async def info(self) -> EngineInfo:
         """What the engine resolved at load; cached. Raises EngineDead when no replica answers in time."""
-        if self._info is None:
-            try:
-                await asyncio.wait_for(self._ask_info(), PROBE_TIMEOUT_S)
-            except Exception as error:
-                raise EngineDead(f"no engine replica answers: {error!r}") from error
-        assert self._info is not None
-        return self._info
+        return await self._probe.info()
 
     def ready(self) -> bool:
         """Whether some replica answered lately."""
-        return self._answered_at_s is not None and (
-            time.monotonic() - self._answered_at_s < PROBE_TIMEOUT_S + PROBE_PERIOD_S
-        )
+        return self._stopped is None and self._probe.ready()
 
     @property
     def attempt_ids(self) -> list[str]:
@@ -181,8 +166,8 @@ class EngineClient:
         """Give the stream a new attempt and send it with the next batch."""
         if stream.ended:
             return
-        if self._closed:
-            stream.fail(EngineDead("the service is shutting down"))
+        if self._stopped is not None:
+            stream.fail(EngineDead(self._stopped))
             return
         self._num_attempts += 1
         stream.attempt_id = f"{self._client_id}.{self._num_attempts:x}"
@@ -199,39 +184,38 @@ class EngineClient:
             on_its_way.set_result(None)
             return on_its_way
         self.num_submits += 1
-        # Streams that a client already reads wait longer: there is nothing better to tell it.
-        resubmits = all(stream.num_retries for stream in live)
-        limit_s = self._settings.failover_timeout_s if resubmits else self._settings.submit_timeout_s
-        batch = _Batch(
-            self.num_submits,
-            [stream.attempt_id for stream in live],
-            time.monotonic() + limit_s,
-            on_its_way,
-        )
+        batch = SubmitBatch(self.num_submits, [stream.attempt_id for stream in live], time.monotonic(), on_its_way)
         self._batches[batch.submit_id] = batch
+        for stream in live:
+            stream.submit_id = batch.submit_id
         requests = [stream.attempt() for stream in live]
         self.series.observe_submit(len(requests))
-        payload = encode(Submit(batch.submit_id, self.endpoint, self.token, requests))
-        batch.call = asyncio.create_task(self._call(batch, payload))
+        batch.call = asyncio.create_task(self._call(batch, requests))
         return on_its_way
 
-    async def _call(self, batch: _Batch, payload: bytes) -> None:
+    async def _call(self, batch: SubmitBatch, requests: list[EngineRequest]) -> None:
         """The submit itself: open until all its requests have ended, wherever their events went."""
         try:
+            payload = encode(Submit(batch.submit_id, self.endpoint, self.token, requests))
             reply = _reply_decoder.decode(await self._submit(payload))
             if reply.dead is not None:
                 self._lost(batch, reply.dead)
             else:
                 await self._settle(batch, reply)
         except BackPressureError as error:
-            for stream in self._open_streams(batch):
+            for stream in self._take_open(batch):
                 stream.fail(Overloaded(str(error), retry_after_s=1.0))
         except Exception as error:
             # Whatever Ray raises for a replica that died or cannot be reached.
             self._lost(batch, f"{type(error).__name__}: {error}")
+        except asyncio.CancelledError:
+            if batch.call is None or batch.call.cancelling():
+                raise
+            # Not by us: Ray says so when the replica's end of the call was cancelled.
+            self._lost(batch, "the call was cancelled")
         finally:
             del self._batches[batch.submit_id]
-            _set_done(batch.on_its_way)
+            batch.release()
 
     async def _submit(self, payload: bytes) -> bytes:
         response = self._handle.submit.remote(payload)
@@ -243,21 +227,37 @@ class EngineClient:
             raise
         return reply
 
-    def _open_streams(self, batch: _Batch) -> list[TokenStream]:
-        return [self._streams.pop(name) for name in batch.attempt_ids if name in self._streams]
+    def _take_open(self, batch: SubmitBatch) -> list[TokenStream]:
+        return [self._streams.pop(name) for name in batch.open_streams(self._streams)]
 
-    def _lost(self, batch: _Batch, cause: str) -> None:
+    def _lost(self, batch: SubmitBatch, cause: str) -> None:
         """The replica of a batch is gone: move what it had not finished."""
         log.warning("engine replica %s lost: %s", batch.replica_id, cause.splitlines()[0])
-        if batch.replica_id is not None and (replica := self._replicas.pop(batch.replica_id, None)) is not None:
-            replica.socket.close(linger=0)
-        self._answered_at_s = None
-        self._probe_now.set()
-        for stream in self._open_streams(batch):
-            self._retry(stream, "replica_lost", cause)
+        if batch.epoch is not None:
+            self._replicas.drop(batch.epoch)
+        self._move(batch, cause)
+
+    def _move(self, batch: SubmitBatch, cause: str) -> None:
+        """Resubmit what a batch has not finished. Only a replica that had accepted it counts as a lost one."""
+        self._probe.doubt(others=len(self._replicas) > 0)
+        if batch.epoch is None:
+            self.series.count_not_accepted()
+        for stream in self._take_open(batch):
+            if batch.epoch is not None:
+                self._retry(stream, "replica_lost", cause)
+                continue
+            if stream.trace is not None:
+                stream.trace.failed_over("not_accepted", cause)
+            self._try_again(stream)
+
+    def _try_again(self, stream: TokenStream) -> None:
+        """No replica has taken the stream so far: send it once more, until its time is up."""
+        pause_s = min(FIRST_PAUSE_S * 2**stream.num_refused, MAX_PAUSE_S)
+        stream.num_refused += 1
+        asyncio.get_running_loop().call_later(pause_s, self._queue, stream)
 
     def _retry(self, stream: TokenStream, kind: str, cause: str) -> None:
-        """Resubmit a stream's rest. kind: as in the series; cause: for people."""
+        """Resubmit the rest of a stream that a replica had. kind: as in the series; cause: for people."""
         if stream.ended:
             return
         if stream.num_retries >= self._settings.retry_limit:
@@ -265,16 +265,15 @@ class EngineClient:
             stream.fail(EngineDead(f"given up after {stream.num_retries} resubmissions: {cause}"))
             return
         stream.num_retries += 1
+        stream.accept_by_s = time.monotonic() + self._settings.failover_timeout_s
         if stream.lost_s is None:
             stream.lost_s = time.monotonic()
         self.series.count_failover(kind)
         if stream.trace is not None:
             stream.trace.failed_over(kind, cause)
-        # The routers may not know yet that the replica is gone: give them time to find out.
-        delay_s = RETRY_BACKOFF_S * (2 ** (stream.num_retries - 1))
-        asyncio.get_running_loop().call_later(delay_s, self._queue, stream)
+        self._try_again(stream)
 
-    async def _settle(self, batch: _Batch, reply: SubmitReply) -> None:
+    async def _settle(self, batch: SubmitBatch, reply: SubmitReply) -> None:
         """Compare the replica's account of a finished submit with what arrived, and fetch what is missing."""
         open_until_s = time.monotonic() + LAST_EVENTS_TIMEOUT_S
         while any(name in self._streams for name in batch.attempt_ids) and time.monotonic() < open_until_s:
@@ -283,9 +282,10 @@ class EngineClient:
                     stream.fail(ended.refusal.error())
             await asyncio.sleep(0.01)
         accounts = {ended.request_id: ended for ended in reply.ended}
+        self.series.count_token_mismatches(batch.num_mismatches(reply))
         for name in batch.attempt_ids:
             if (stream := self._streams.pop(name, None)) is not None:
-                self._retry(stream, "events_lost", _describe_gap(stream, accounts.get(name)))
+                self._retry(stream, "events_lost", describe_gap(stream, accounts.get(name)))
 
     # --- receiving --------------------------------------------------------------------------------------------
 
@@ -295,121 +295,106 @@ class EngineClient:
             if message is None:
                 self.series.count_dropped_message()
                 continue
-            body = message[1]
+            header, body = message
+            self._replicas.heard(header.epoch)
             if isinstance(body, Accepted):
-                self._accept(body)
+                self._accept(header.epoch, body)
                 continue
-            for event in body.events:
-                self._take(event)
+            if body is None:
+                continue
+            # An attempt that was given up may still run, on a replica that stood still for a while.
+            unknown = [event.request_id for event in body.events if not self._take(event)]
+            self._replicas.abort(header.epoch, unknown)
             for refusal in body.refusals:
                 if (stream := self._streams.pop(refusal.request_id, None)) is not None:
                     stream.fail(refusal.error())
 
-    def _accept(self, accepted: Accepted) -> None:
+    def _accept(self, epoch: int, accepted: Accepted) -> None:
+        self._probe.answered()
+        self._replicas.accepted(epoch, accepted)
         batch = self._batches.get(accepted.submit_id)
         if batch is None:
             return
-        batch.replica_id = accepted.replica_id
-        self._answered_at_s = time.monotonic()
-        _set_done(batch.on_its_way)
-        replica = self._replicas.get(accepted.replica_id)
-        if replica is None:
-            control = connect_push(self._context, accepted.control_endpoint)
-            replica = self._replicas[accepted.replica_id] = _Replica(control, accepted.control_token, 0.0)
-        replica.used_at_s = self._answered_at_s
+        batch.epoch, batch.replica_id = epoch, accepted.replica_id
+        batch.release()
         for name in batch.attempt_ids:
-            if (stream := self._streams.get(name)) is not None and stream.trace is not None:
-                stream.trace.accepted(accepted.replica_id)
+            if (stream := self._streams.get(name)) is not None:
+                stream.num_refused = 0
+                stream.was_accepted = True
+                if stream.trace is not None:
+                    stream.trace.accepted(accepted.replica_id)
         # Their callers left before it was known where to send the abort.
-        self._send_abort(accepted.replica_id, [name for name in batch.attempt_ids if name not in self._streams])
+        self._replicas.abort(epoch, [name for name in batch.attempt_ids if name not in self._streams])
 
-    def _take(self, event: RequestEvent) -> None:
+    def _take(self, event: RequestEvent) -> bool:
+        """Give an event to its stream; False when it goes on though nobody waits for it."""
         attempt_id = event.request_id
         stream = self._streams.get(attempt_id)
         if stream is None:
-            return
-        if stream.push(event):
-            if stream.lost_s is not None:
-                self.series.observe_failover(time.monotonic() - stream.lost_s)
-                stream.lost_s = None
-            if event.finish_reason is not None:
-                del self._streams[attempt_id]
-            elif stream.ended:
-                self._abort([attempt_id])
-            return
-        self._abort([attempt_id])
-        self._retry(stream, "events_lost", f"event {event.index} came where {len(stream.token_ids)} was due")
+            return event.finish_reason is not None
+        if not stream.push(event):
+            self._abort([attempt_id])
+            self._retry(stream, "events_lost", f"event {event.index} came where {len(stream.token_ids)} was due")
+            return True
+        if stream.lost_s is not None:
+            self.series.observe_failover(time.monotonic() - stream.lost_s)
+            stream.lost_s = None
+        if event.finish_reason is not None:
+            del self._streams[attempt_id]
+            if (batch := self._batches.get(stream.submit_id)) is not None:
+                batch.num_delivered[attempt_id] = len(stream.token_ids)
+        elif stream.ended:
+            self._abort([attempt_id])
+        return True
 
     # --- aborting ---------------------------------------------------------------------------------------------
 
     def _abort(self, attempt_ids: list[str]) -> None:
         """Forget attempts; tell their replica about those that it still runs."""
         for attempt_id in attempt_ids:
-            if self._streams.pop(attempt_id, None) is None:
-                continue
-            for batch in self._batches.values():
-                if attempt_id in batch.attempt_ids and batch.replica_id is not None:
-                    self._send_abort(batch.replica_id, [attempt_id])
-
-    def _send_abort(self, replica_id: str, attempt_ids: list[str]) -> None:
-        replica = self._replicas.get(replica_id)
-        if replica is None or not attempt_ids:
-            return
-        frames = pack(replica.token, Header(Kind.ABORT, self._epoch, 0), encode(Abort(attempt_ids)))
-        # A replica that does not read its aborts is about to be found dead.
-        with contextlib.suppress(zmq.Again):
-            replica.socket.send_multipart(frames, zmq.NOBLOCK)
+            stream = self._streams.pop(attempt_id, None)
+            batch = None if stream is None else self._batches.get(stream.submit_id)
+            if batch is not None and batch.epoch is not None and attempt_id in batch.attempt_ids:
+                self._replicas.abort(batch.epoch, [attempt_id])
 
     # --- watching ---------------------------------------------------------------------------------------------
 
-    async def _ask_info(self) -> None:
-        self._info = _info_decoder.decode(await self._handle.info.remote())
-        self._answered_at_s = time.monotonic()
-
-    async def _probe(self) -> None:
-        """Ask some replica for a sign of life, now and then and when one was lost."""
-        while True:
-            self._probe_now.clear()
-            try:
-                await asyncio.wait_for(self._ask_info(), PROBE_TIMEOUT_S)
-            except Exception as error:
-                log.debug("no engine replica answers: %r", error)
-                self._answered_at_s = None
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._probe_now.wait(), PROBE_PERIOD_S)
-
     async def _sweep(self) -> None:
-        """Fail the streams of submits that no replica accepted in time; forget replicas that have left; publish."""
+        """Fail the streams that no replica accepted in time, move those of silent replicas, publish."""
         while True:
             await asyncio.sleep(SWEEP_PERIOD_S)
             self.series.publish()
-            now_s = time.monotonic()
-            busy = {batch.replica_id for batch in self._batches.values()}
-            for replica_id, replica in list(self._replicas.items()):
-                if replica_id not in busy and now_s - replica.used_at_s > FORGET_AFTER_S:
-                    replica.socket.close(linger=0)
-                    del self._replicas[replica_id]
+            busy = {batch.epoch for batch in self._batches.values() if batch.epoch is not None}
+            self._replicas.tick(SWEEP_PERIOD_S, busy)
             for batch in list(self._batches.values()):
-                nobody_waits = not any(name in self._streams for name in batch.attempt_ids)
-                if batch.replica_id is not None or (now_s < batch.deadline_s and not nobody_waits):
-                    continue
-                if not nobody_waits:
-                    self._answered_at_s = None
-                for stream in self._open_streams(batch):
-                    stream.fail(EngineDead("no engine replica accepted the request in time"))
-                if batch.call is not None:
-                    batch.call.cancel()
+                self._look_after(batch)
 
+    def _look_after(self, batch: SubmitBatch) -> None:
+        now_s, limit_s = time.monotonic(), self._settings.silence_timeout_s
+        if batch.epoch is not None:
+            if (silent_s := self._replicas.silent_s(batch.epoch)) > limit_s:
+                self._withdraw(batch, f"said nothing for {silent_s:g} s, limit {limit_s:g} s (silence_timeout_s)")
+            return
+        waiting = batch.open_streams(self._streams)
+        for name, stream in list(waiting.items()):
+            if now_s >= stream.accept_by_s:
+                del waiting[name], self._streams[name]
+                stream.fail(self._late(stream))
+                self._probe.doubt(others=False)
+        if not waiting:
+            batch.cancel()
+        elif now_s - batch.sent_s > limit_s:
+            self._withdraw(batch, f"did not accept a submit within {limit_s:g} s (silence_timeout_s)")
 
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def _withdraw(self, batch: SubmitBatch, cause: str) -> None:
+        """Move what a batch has not finished away from a replica that may yet come back to it."""
+        log.warning("engine replica %s %s", batch.replica_id, cause)
+        if batch.epoch is not None:
+            self._replicas.abort(batch.epoch, batch.attempt_ids)
+        self._move(batch, cause)
+        batch.cancel()
 
-
-def _describe_gap(stream: TokenStream, account: Ended | None) -> str:
-    if account is None:
-        return "the replica did not account for the request"
-    return (
-        f"the replica ended the request ({account.finish_reason}) after {account.num_output_tokens} tokens, "
-        f"{len(stream.token_ids)} arrived"
-    )
+    def _late(self, stream: TokenStream) -> EngineDead:
+        name = "failover_timeout_s" if stream.was_accepted else "submit_timeout_s"
+        limit_s = getattr(self._settings, name)
+        return EngineDead(f"no engine replica accepted the request within {limit_s:g} s ({name})")

@@ -14,15 +14,24 @@ if TYPE_CHECKING:  # at run time only where tracing is on
 
 
 class TokenStream:
-    """One request of a caller, over all its attempts."""
+    """One request of a caller, over all its attempts.
+
+    submit_id: of the submit that carries the attempt.  accept_by_s: time.monotonic() by when a replica must have
+    accepted it.  num_refused: submits in a row that none accepted.  was_accepted: whether some replica ever did.
+    num_retries: how often a replica that had it was lost.  lost_s: time.monotonic() of that, until it goes on.
+    """
 
     def __init__(self, request: EngineRequest, max_undelivered_tokens: int, trace: ChoiceTrace | None = None) -> None:
         self.request = request
         self.trace = trace
         self.token_ids = list(request.output_token_ids)
         self.attempt_id = ""
+        self.submit_id = 0
+        self.accept_by_s = 0.0
+        self.num_refused = 0
+        self.was_accepted = False
         self.num_retries = 0
-        self.lost_s: float | None = None  # time.monotonic() of the loss of its replica, until it goes on
+        self.lost_s: float | None = None
         self.ended = False
         self._max_undelivered_tokens = max_undelivered_tokens
         self._num_cached_tokens: int | None = None
@@ -36,6 +45,7 @@ class TokenStream:
             self.request,
             request_id=self.attempt_id,
             output_token_ids=self.token_ids,
+            resubmitted=self.was_accepted,
             trace_parent=None if self.trace is None else self.trace.trace_parent,
         )
 

@@ -156,7 +156,8 @@ class ChoiceTrace:
             self._attempt.add_event("accepted")
 
     def failed_over(self, kind: str, cause: str) -> None:
-        """The attempt is lost, and there will be another. kind: replica_lost or events_lost; cause: for people."""
+        """The attempt is lost, and there will be another. kind: replica_lost, events_lost or
+        not_accepted; cause: for people."""
         detail = (cause.splitlines() or [""])[0][:MAX_CAUSE_CHARS]
         self._span.add_event("failover", {"m3.failover.kind": kind, "m3.failover.cause": detail})
         self._end_attempt(kind)

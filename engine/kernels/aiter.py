@@ -4,12 +4,14 @@ What is taken, where the installed AITER has the function with every keyword tha
 
     qk_norm_rope_insert of sparse layers   fused_qknorm_idxrqknorm
     attend_sparse, decode                  pa_decode_gluon
+    sums of decode rows over the ranks     CustomAllreduce
 
-The two go together: the attention kernel reads keys and values in the order in which the other one writes them (see
-SmallPages in aiter_paged.py), so the pages of sparse layers are kept in that order. Prefill copies the pages of its
-rows back into rows and attends with Triton, which loads a page once for neighbouring tokens that select it together.
-Cosines, sines and norm weights are rounded to bf16 here, as transformers has them; nothing else differs but rounding.
-Needs bf16 pages: with fp8 ones, AITER's kernel wants an indexer in every layer, and stores index keys without scales.
+The first two go together: the attention kernel reads keys and values in the order in which the other one writes them
+(see SmallPages in aiter_paged.py), so the pages of sparse layers are kept in that order. Prefill copies the pages of
+its rows back into rows and attends with Triton, which loads a page once for neighbouring tokens that select it
+together. Cosines, sines and norm weights are rounded to bf16 here, as transformers has them; nothing else differs but
+rounding. Needs bf16 pages: with fp8 ones, AITER's kernel wants an indexer in every layer, and stores index keys without
+scales.
 
 What is left to Triton, and why:
 
@@ -21,8 +23,8 @@ What is left to Triton, and why:
                     MXFP8 weights always and those of MXFP4 weights by default from 256 tokens on; without quantisation
                     its SwiGLU is a plain SiLU without clamps; the published wheel has no swiglu_limit at all
     norms           fused_qk_rmsnorm_group_quant would be one launch too
-    collectives     fused all-reduce + Gemma norm, custom and quick all-reduce need groups of GPUs, which the engine
-                    does not form yet
+    sums with norm  fused_allreduce_rmsnorm knows Gemma's norm only in the newest AITER, and goes through AITER's own
+                    registry of groups; quick all-reduce rounds to few bits
 
 AITER is imported here only. Its functions are looked up once, at load.
 """
@@ -94,6 +96,10 @@ ATTEND = Feature(
         "max_logits", "temporary_output", "ps",
     ),
 )  # fmt: skip
+# Its `all_reduce` copies the input into its own buffer unless told otherwise, in every release.
+REDUCE = Feature(
+    "aiter.dist.device_communicators.custom_all_reduce", "CustomAllreduce", ("group", "device", "max_size")
+)
 FEATURES = dict(zip(OPERATIONS, (INSERT, ATTEND), strict=True))
 # In short; the reasons are above.
 LEFT_TO_TRITON = {
@@ -103,7 +109,6 @@ LEFT_TO_TRITON = {
     "route": "AITER would take one launch more",
     "experts": "AITER's sums, activations or clamps are others",
     "norms": "AITER would take as many launches",
-    "collectives": "no groups of GPUs yet",
 }
 
 
@@ -156,7 +161,8 @@ def bind(lookup: Lookup, fallback: KernelSet, target: launch.Target) -> KernelSe
     reasons = {operation: reason for operation, (_, reason) in found.items() if reason}
     (insert, _), (attend, _) = found["qk_norm_rope_insert"], found["attend_sparse"]
     report = dict.fromkeys(FEATURES, "aiter")
-    kernels = replace(fallback, name="aiter", report=report)
+    reduce, no_reduce = REDUCE.find(lookup)
+    kernels = replace(fallback, name="aiter", report=report, custom_reduce=reduce)
     if insert is not None and attend is not None:
         paged = PagedAttention(target, fallback, insert, attend, report)
         kernels = replace(
@@ -170,6 +176,7 @@ def bind(lookup: Lookup, fallback: KernelSet, target: launch.Target) -> KernelSe
         together = next(iter(reasons.values()))
         report.update({operation: f"triton ({reasons.get(operation, together)})" for operation in FEATURES})
     report.update({operation: f"triton ({reason})" for operation, reason in LEFT_TO_TRITON.items()})
+    report["all_reduce"] = "aiter" if reduce is not None else f"torch.distributed ({no_reduce})"
     for operation, how in report.items():
         log.info("%s: %s", operation, how)
     return kernels

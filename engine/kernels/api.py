@@ -16,10 +16,12 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kernels import torch_attention, torch_index, torch_linear, torch_norm
+from engine.kernels.exchange import Exchange
 from engine.kernels.params import KVPages, QKVLayout, RouteParams, Selection, SelectParams, SwigluParams, Weight
 
 __all__ = [
     "DecodeKernels",
+    "ExchangeKernels",
     "KVPages",
     "KernelSet",
     "QKVLayout",
@@ -39,6 +41,18 @@ class DecodeKernels:
     sample: Callable[..., None]
 
 
+@dataclass(frozen=True, slots=True)
+class ExchangeKernels:
+    """What reaches the memory of the other ranks of a group, through an `exchange.Exchange`.
+
+    sample_width: the width that an Exchange of `DecodeKernels.sample` has, by the tokens of a rank's share.
+    """
+
+    all_reduce: Callable[[Tensor, Exchange], None]
+    all_reduce_add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Exchange], tuple[Tensor, Tensor]]
+    sample_width: Callable[[int], int]
+
+
 def _same_gains(gains: tuple[Tensor, ...], layout: QKVLayout) -> tuple[Tensor, ...]:
     return gains
 
@@ -53,11 +67,13 @@ class KernelSet:
 
     device: where all tensors live.  fp8_dtype: of fp8 pages.  group_tokens: how many neighbouring prefill tokens
     attend together through Selection.unions; 0 where the backend has no use for them.  decode: None where steps
-    cannot be captured.  power_of_two_dims: heads of other sizes are not supported.  mx_formats: block-scaled formats
-    that are multiplied as they are stored; the model converts weights of others to its compute dtype before packing.
+    cannot be captured.  exchange: None where kernels do not reach other ranks.  power_of_two_dims: heads of other sizes
+    are not supported.  mx_formats: block-scaled formats that are multiplied as they are stored; the model converts
+    weights of others to its compute dtype before packing.
     pack_gains: from gains as the torch qk_norm_rope_insert takes them to what this one takes.  shuffles: whether a
     sparse layer's pages, by its layout, the dtype of activations and its pools, are to be `KVPages.shuffled`.
-    report: what computes each operation, where a backend has a choice.
+    custom_reduce: AITER's CustomAllreduce, where it is installed.  report: what computes each operation, where a
+    backend has a choice.
     """
 
     name: str
@@ -77,6 +93,8 @@ class KernelSet:
     attend_dense: Callable[..., None]
     attend_sparse: Callable[..., None]
     decode: DecodeKernels | None = None
+    exchange: ExchangeKernels | None = None
+    custom_reduce: Callable[..., Any] | None = None
     power_of_two_dims: bool = False
     mx_formats: frozenset[str] = frozenset()
     pack_gains: Callable[[tuple[Tensor, ...], QKVLayout], Any] = _same_gains

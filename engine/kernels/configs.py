@@ -60,15 +60,13 @@ SPARSE_DECODE_PROGRAMS = {SM90: (1, 32), GFX942: (4, 16), GFX950: (4, 16), INTER
 SPARSE_DECODE_FP8_PROGRAMS = {SM90: (2, 32), GFX942: (4, 16), GFX950: (4, 16), INTERPRET: (4, 4)}
 DENSE_DECODE_PROGRAMS = {SM90: (2, 128), GFX942: (4, 64), GFX950: (4, 64), INTERPRET: (4, 4)}
 ATTENTION_MERGE: Table = {
-    SM90: LaunchConfig(num_warps=1, num_stages=1, cuda={"launch_pdl": True}),
+    SM90: LaunchConfig(num_warps=1, num_stages=1),
     GFX942: LaunchConfig(num_warps=4, num_stages=1),
     GFX950: LaunchConfig(num_warps=4, num_stages=1),
     INTERPRET: LaunchConfig(),
 }
 # Of more than 32 splits.
-ATTENTION_MERGE_MANY: Table = ATTENTION_MERGE | {
-    SM90: LaunchConfig(num_warps=4, num_stages=1, cuda={"launch_pdl": True})
-}
+ATTENTION_MERGE_MANY: Table = ATTENTION_MERGE | {SM90: LaunchConfig(num_warps=4, num_stages=1)}
 
 # Dense attention of prefill rows. BLOCK_M: tokens times query heads of one KV head; BLOCK_N: as above. 128 registers:
 # two programs fit on a multiprocessor, and one computes on the matrix units while the other takes its softmax.
@@ -281,7 +279,7 @@ INDEX_SCORE_DECODE_FP32: Table = dict.fromkeys(
     (SM90, GFX942, GFX950, INTERPRET), LaunchConfig(num_warps=8, num_stages=1)
 )
 INDEX_SELECT_DECODE: Table = {
-    SM90: LaunchConfig(num_warps=1, num_stages=1, cuda={"launch_pdl": True}),
+    SM90: LaunchConfig(num_warps=1, num_stages=1),
     GFX942: LaunchConfig(num_warps=1, num_stages=1),
     GFX950: LaunchConfig(num_warps=1, num_stages=1),
     INTERPRET: LaunchConfig(num_warps=1),
@@ -340,17 +338,20 @@ ROUTE_LOGITS_FLOAT32: Table = {
 }
 # ROWS: tokens of one program.
 ROUTE_SELECT: Table = {
-    SM90: LaunchConfig({"ROWS": 1}, num_warps=1, cuda={"launch_pdl": True}),
+    SM90: LaunchConfig({"ROWS": 1}, num_warps=1),
     GFX942: LaunchConfig({"ROWS": 1}, num_warps=1),
     GFX950: LaunchConfig({"ROWS": 1}, num_warps=1),
     INTERPRET: LaunchConfig({"ROWS": 4}),
 }
 ROUTE_SELECT_MANY: Table = {
-    SM90: LaunchConfig({"ROWS": 8}, num_warps=4, cuda={"launch_pdl": True}),
+    SM90: LaunchConfig({"ROWS": 8}, num_warps=4),
     GFX942: LaunchConfig({"ROWS": 8}, num_warps=4),
     GFX950: LaunchConfig({"ROWS": 8}, num_warps=4),
     INTERPRET: LaunchConfig({"ROWS": 16}),
 }
+
+# triton_reduce: a row of words per program. Groups of AMD's GPUs sum otherwise, see engine/collectives.py.
+ALL_REDUCE: Table = {SM90: LaunchConfig(num_warps=8), INTERPRET: LaunchConfig()}
 
 # Sampling. CHUNK: tokens of the vocabulary per program; it decides near-ties, so it does not depend on the batch.
 SAMPLE_CHUNK: Table = {

@@ -38,8 +38,8 @@ def _one(n: int, k: int, amd_n: int, amd_k: int) -> Table:
 
 
 LINEAR_ONE: ByFormat = {"mxfp8": _one(4, 1024, 4, 2048), "mxfp4": _one(4, 2048, 2, 2048)}
-MOE_ONE_GATE_UP: ByFormat = {"mxfp8": _one(2, 1024, 2, 2048), "mxfp4": _one(2, 2048, 2, 2048)}
-MOE_ONE_DOWN: ByFormat = {"mxfp8": _one(4, 1024, 2, 1024), "mxfp4": _one(4, 1024, 2, 1024)}
+MOE_ONE_GATE_UP: ByFormat = {"mxfp8": _one(1, 2048, 2, 2048), "mxfp4": _one(1, 1024, 2, 2048)}
+MOE_ONE_DOWN: ByFormat = {"mxfp8": _one(2, 1024, 2, 1024), "mxfp4": _one(4, 1024, 2, 1024)}
 
 
 # --- Few tokens. SPLIT: parts of a sum that the warps of a program add up side by side ---
@@ -50,8 +50,11 @@ def _few(n: int, k: int, split: int, warps: int, stages: int) -> LaunchConfig:
 
 
 def _narrow(table: Table) -> Table:
-    """Of experts: those of no more tokens than NARROW use a tile of that many."""
-    return {arch: replace(config, tiles={**config.tiles, "NARROW": 16}) for arch, config in table.items()}
+    """Of experts: those of no more tokens than NARROW use a tile of that many, the least that matrix units take."""
+    return {
+        arch: replace(config, tiles={**config.tiles, "NARROW": 8 if arch == SM90 else 16})
+        for arch, config in table.items()
+    }
 
 
 LINEAR_16: ByFormat = dict.fromkeys(
@@ -66,18 +69,19 @@ _AMD_MOE = _few(64, 128, 1, 4, 2)
 _INTERPRET_MOE = _few(32, 32, 1, 4, 2)
 MOE_16: PairByFormat = {
     "mxfp8": (
-        _narrow(_table(_few(32, 128, 4, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)),
-        _narrow(_table(_few(64, 128, 2, 2, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)),
+        _narrow(_table(_few(32, 128, 4, 4, 4), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)),
+        _narrow(_table(_few(64, 256, 1, 2, 2), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)),
     ),
     "mxfp4": (
-        _narrow(_table(_few(32, 128, 4, 4, 3), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
-        _narrow(_table(_few(64, 128, 2, 2, 3), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
+        _narrow(_table(_few(32, 256, 2, 2, 3), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
+        _narrow(_table(_few(64, 128, 1, 2, 3), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
     ),
 }
-_MOE_64_GATE_UP = _narrow(_table(_few(64, 128, 1, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
-_MOE_64_DOWN = _narrow(_table(_few(128, 128, 1, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
-_MOE_64_SPLIT = _narrow(_table(_few(32, 128, 1, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
-MOE_64: PairByFormat = {"mxfp8": (_MOE_64_GATE_UP, _MOE_64_DOWN), "mxfp4": (_MOE_64_SPLIT, _MOE_64_SPLIT)}
+_MOE_64_DOWN = _narrow(_table(_few(64, 256, 1, 2, 2), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
+MOE_64: PairByFormat = {
+    "mxfp8": (_narrow(_table(_few(64, 128, 1, 4, 4), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
+    "mxfp4": (_narrow(_table(_few(32, 128, 2, 2, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
+}
 
 
 # --- Many tokens: tiles of BLOCK_M pairs, or BLOCK_T tokens, on the N side of the products ---

@@ -69,6 +69,12 @@ class Target:
         return 64 if self.is_hip else 32
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a kernel may start while the one before it ends: the constexpr OVERLAP of kernels that begin with
+        `triton_common.follow`."""
+        return self.arch == SM90
+
+    @property
     def shared_bytes(self) -> int:
         return SHARED_BYTES[self.arch]
 
@@ -80,6 +86,8 @@ class Target:
         options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         options |= config.hip if self.is_hip else {} if self.interpreted else config.cuda
         constants = {**config.tiles, **constexprs}
+        if constants.get("OVERLAP"):
+            options["launch_pdl"] = True
         if self.recorder is not None:
             self.recorder(kernel, grid, args, constants, options)
         else:

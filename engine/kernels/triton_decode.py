@@ -15,13 +15,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import configs
 from engine.kernels.batch import Segment, StepBatch
 from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import KVPages, Selection
-from engine.kernels.triton_common import operand
+from engine.kernels.triton_common import follow, operand
 
 PAGE = 128
 LOG2_E = math.log2(math.e)
@@ -47,12 +46,11 @@ def _merge_kernel(
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     STEP: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (tokens, heads). part: float32 [tokens, groups, SPLITS, PADDED, DIM]; lse: float32 [tokens, groups, PADDED,
     SPLITS]."""
-    if PDL:
-        gdc_wait()
+    follow(OVERLAP)
     token, head = tl.program_id(0), tl.program_id(1)
     unit = token * (tl.num_programs(1) // HEADS) + head // HEADS
     dims = tl.arange(0, DIM)
@@ -93,14 +91,7 @@ def merge(target: Target, part: Tensor, lse: Tensor, first_token: int, heads: in
         DIM=dim,
         SPLITS=splits,
         STEP=min(splits, max(1, 2048 // dim)),
-        PDL=uses_pdl(target),
-    )
-
-
-def uses_pdl(target: Target) -> bool:
-    """Whether the merge is launched while the attention kernel still runs (programmatic dependent launch)."""
-    return not (target.is_hip or target.interpreted) and bool(
-        configs.ATTENTION_MERGE[target.arch].cuda.get("launch_pdl", False)
+        OVERLAP=target.overlaps,
     )
 
 
@@ -132,7 +123,7 @@ def _decode_kernel(
     TOPK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Grid (rows, groups, SPLITS): the heads of one group of one row over its share of the keys, in units of BLOCK_N.
@@ -140,8 +131,7 @@ def _decode_kernel(
     TOPK: selected blocks per token, 0: all blocks.  page_stride: elements from page to page of k and of v.
     blocks_stride: from index head to index head.  qk_scale: the softmax scale times log2(e).
     """
-    if PDL:
-        gdc_launch_dependents()
+    follow(OVERLAP)
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUPS: tl.constexpr = KV_HEADS if KV_HEADS > INDEX_HEADS else INDEX_HEADS
     UNITS: tl.constexpr = 128 // BLOCK_N
@@ -309,7 +299,7 @@ def _attend(
         INDEX_HEADS=index_heads,
         TOPK=0 if selection is None else selection.blocks.shape[2],
         SPLITS=splits,
-        PDL=splits > 1 and uses_pdl(target),
+        OVERLAP=target.overlaps,
         UPCAST=target.interpreted,
     )
     if part is not None and lse is not None:

@@ -8,7 +8,7 @@ row's last block selects for it, was slower on H100 at every size.) Prefill pass
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -65,7 +65,6 @@ def _select_decode(
     balanced = rows >= BALANCED_FROM
     config = _decode_config(target, index_q, pages)
     select = configs.INDEX_SELECT_DECODE[target.arch]
-    pdl = not (target.is_hip or target.interpreted) and "launch_pdl" in select.cuda
     if bound > params.topk_blocks:
         programs = target.num_units * configs.INDEX_DECODE_PROGRAMS[target.arch][balanced]
         if balanced:
@@ -96,11 +95,10 @@ def _select_decode(
             ROWS=triton.next_power_of_2(max(rows, 2)) if balanced else 1,
             SCALED=pages.index_k_scale is not None,
             BALANCED=balanced,
-            PDL=pdl,
+            OVERLAP=target.overlaps,
             UPCAST=target.interpreted,
         )
-    pdl = pdl and bound > params.topk_blocks
-    select = _widened(select, bound, pdl)
+    select = _widened(select, bound)
     target.launch(
         select_decode,
         (rows, heads),
@@ -114,7 +112,7 @@ def _select_decode(
         config=select,
         **_choice(params),
         **_row_groups(bound),
-        PDL=pdl,
+        OVERLAP=target.overlaps,
     )
 
 
@@ -137,10 +135,10 @@ def _decode_config(target: Target, index_q: Tensor, pages: KVPages) -> LaunchCon
     return (configs.INDEX_SCORE_DECODE_FP8 if is_light else configs.INDEX_SCORE_DECODE)[target.arch]
 
 
-def _widened(config: LaunchConfig, bound: int, pdl: bool) -> LaunchConfig:
-    """More warps where one cannot hold a row's scores in registers; an early start only behind the scores' launch."""
+def _widened(config: LaunchConfig, bound: int) -> LaunchConfig:
+    """More warps where one cannot hold a row's scores in registers."""
     warps = max(config.num_warps, min(16, triton.next_power_of_2(bound) // 1024))
-    return LaunchConfig(config.tiles, warps, config.num_stages, config.hip, config.cuda if pdl else {})
+    return replace(config, num_warps=warps)
 
 
 def _groups(num_blocks: int) -> int:

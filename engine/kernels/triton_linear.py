@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from engine.kernels import configs, configs_mx
 from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import MX_GROUP, MXWeight, Weight
-from engine.kernels.triton_common import operand
+from engine.kernels.triton_common import follow, operand
 from engine.kernels.triton_mx import Packed, PackedMX, dequantise, mx_dot, mx_row_products, pack, storage, tensors
 from engine.kernels.triton_mx_decode import correction
 
@@ -87,21 +87,26 @@ def row_products(
     UPCAST: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """acc + the products of weight rows with scale * x, [rows, any] fp32: still to be summed up, by `sum_products`.
 
     scales: of the MX formats, else anything.  x: [K].  acc: of `no_products`.  Unrolled, so that the loads of all
-    chunks can be in flight together.
+    chunks can be in flight together.  OVERLAP: the kernel's `follow` is here, behind the loads of the weight.
     """
     if FORMAT == "plain":
-        for chunk in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+        tiles = ()
+        for chunk in tl.static_range(CHUNKS):
+            tiles += (weight_tile(weight, rows, chunk * BLOCK_K + tl.arange(0, BLOCK_K), K, EVEN_K, UPCAST),)
+        follow(OVERLAP)
+        for chunk in tl.static_range(CHUNKS):
             columns = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-            tile = weight_tile(weight, rows, columns, K, EVEN_K, UPCAST)
             values = tl.load(x + columns) if EVEN_K else tl.load(x + columns, mask=columns < K, other=0.0)
-            acc += tile.to(tl.float32) * (values.to(tl.float32) * scale)[None, :]
+            acc += tiles[chunk].to(tl.float32) * (values.to(tl.float32) * scale)[None, :]
         return acc
     else:
-        return mx_row_products(weight, scales, rows, x, scale, acc, K, BLOCK_K, EVEN_K, FORMAT, DECODE)
+        return mx_row_products(weight, scales, rows, x, scale, acc, K, BLOCK_K, EVEN_K, FORMAT, DECODE, OVERLAP)
 
 
 @triton.jit
@@ -152,13 +157,14 @@ def _one_token_kernel(
     UPCAST: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     index = tl.arange(0, BLOCK_N)
     rows = tl.minimum(index, N - 1 - start)
     weight, scales = from_row(weight, scales, start.to(tl.int64), K, FORMAT)
     acc = no_products(BLOCK_N, BLOCK_K, FORMAT)
-    acc = row_products(weight, scales, rows, x, 1.0, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE)
+    acc = row_products(weight, scales, rows, x, 1.0, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE, OVERLAP)
     tl.store(out + start + index, sum_products(acc, FORMAT, DECODE).to(out.dtype.element_ty), mask=start + index < N)
 
 
@@ -179,7 +185,9 @@ def _few_tokens_kernel(
     UPCAST: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     start = tl.program_id(0) * BLOCK_N
     index, tokens = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     rows = tl.minimum(index, N - 1 - start)
@@ -249,16 +257,18 @@ def linear(target: Target, x: Tensor, packed: Packed) -> Tensor:
     if multiplies_rows(packed, num_tokens):
         tiles = inner_products(target, packed, config)
         config = one_token_config(target, config, packed, tiles["BLOCK_K"])
-        target.launch(_one_token_kernel, grid, x, weight, scales, out, size, config=config, **tiles)
+        arguments = (x, weight, scales, out, size)
+        target.launch(_one_token_kernel, grid, *arguments, config=config, OVERLAP=target.overlaps, **tiles)
         return out
     tiles = inner_dot(target, packed, config)
-    arguments = (x, weight, scales, out, num_tokens, size)
+    some = (x, weight, scales, out, num_tokens, size)
     if num_tokens <= _FEW_TOKENS:
         block_t = max(16, triton.next_power_of_2(num_tokens))
-        target.launch(_few_tokens_kernel, grid, *arguments, config=config, BLOCK_T=block_t, **tiles)
+        tiles |= {"BLOCK_T": block_t, "OVERLAP": target.overlaps}
+        target.launch(_few_tokens_kernel, grid, *some, config=config, **tiles)
     else:
         tiles_t = triton.cdiv(num_tokens, config["BLOCK_T"])
-        target.launch(_many_tokens_kernel, (*grid, tiles_t), *arguments, config=config, **tiles)
+        target.launch(_many_tokens_kernel, (*grid, tiles_t), *some, config=config, **tiles)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.kernels import configs, configs_mx
 from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import SwigluParams
-from engine.kernels.triton_common import swiglu_oai
+from engine.kernels.triton_common import follow, swiglu_oai
 from engine.kernels.triton_linear import (
     from_row,
     inner_dot,
@@ -49,8 +49,10 @@ def _one_gate_up_kernel(
     UPCAST: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile of BLOCK_N columns, rank). hidden: [ranks, WIDTH]."""
+    follow(OVERLAP)
     start, rank = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     expert = tl.load(ids + rank).to(tl.int64)
     row = tl.arange(0, 2 * BLOCK_N)
@@ -58,7 +60,7 @@ def _one_gate_up_kernel(
     rows = (row % 2) * WIDTH + tl.minimum(start + row // 2, WIDTH - 1)
     w13, scales = from_row(w13, scales, expert * 2 * WIDTH, K, FORMAT)
     acc = no_products(2 * BLOCK_N, BLOCK_K, FORMAT)
-    acc = row_products(w13, scales, rows, x, 1.0, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE)
+    acc = row_products(w13, scales, rows, x, 1.0, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE, False)
     gate, up = tl.split(tl.reshape(sum_products(acc, FORMAT, DECODE), [BLOCK_N, 2]))
     columns = start + tl.arange(0, BLOCK_N)
     values = swiglu_oai(gate, up, alpha, limit, beta).to(hidden.dtype.element_ty)
@@ -82,19 +84,24 @@ def _one_down_kernel(
     UPCAST: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Program (tile of BLOCK_N output columns): sums over all ranks."""
+    """Program (tile of BLOCK_N output columns): sums over all ranks. With OVERLAP, right behind _one_gate_up_kernel:
+    what that one only reads is there."""
     start = tl.program_id(0) * BLOCK_N
     index = tl.arange(0, BLOCK_N)
     rows = tl.minimum(index, N - 1 - start)
     acc = no_products(BLOCK_N, BLOCK_K, FORMAT)
+    experts, shares = (), ()
     for rank in tl.static_range(RANKS):
-        expert = tl.load(ids + rank).to(tl.int64)
-        weight = tl.load(weights + rank)
-        base, base_scales = from_row(w2, scales, expert * N + start, K, FORMAT)
+        experts += (tl.load(ids + rank).to(tl.int64),)
+        shares += (tl.load(weights + rank),)
+    for rank in tl.static_range(RANKS):
+        base, base_scales = from_row(w2, scales, experts[rank] * N + start, K, FORMAT)
         acc = row_products(
-            base, base_scales, rows, hidden + rank * K, weight, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE
-        )
+            base, base_scales, rows, hidden + rank * K, shares[rank], acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE,
+            OVERLAP and rank == 0,
+        )  # fmt: skip
     tl.store(out + start + index, sum_products(acc, FORMAT, DECODE).to(out.dtype.element_ty), mask=start + index < N)
 
 
@@ -208,8 +215,10 @@ def _few_gate_up_kernel(
     UPCAST: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile of BLOCK_N // 2 columns, slot). hidden: [pairs, WIDTH]."""
+    follow(OVERLAP)
     start = tl.program_id(0) * (BLOCK_N // 2)
     expert, serves, chosen, pair = _find_tokens(
         ids, tl.program_id(1), num_tokens, num_experts, RANKS, BLOCK_R, BLOCK_T, BY_EXPERT
@@ -287,12 +296,15 @@ def _few_down_kernel(
     UPCAST: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Program (tile of BLOCK_N output columns, slot). partial: [pairs, N], not yet weighted."""
+    """Program (tile of BLOCK_N output columns, slot). partial: [pairs, N], not yet weighted. With OVERLAP, right behind
+    _few_gate_up_kernel: what that one only reads is there."""
     start = tl.program_id(0) * BLOCK_N
     expert, serves, chosen, pair = _find_tokens(
         ids, tl.program_id(1), num_tokens, num_experts, RANKS, BLOCK_R, BLOCK_T, BY_EXPERT
     )
+    follow(OVERLAP)
     if serves:
         weight, expert_scales = from_row(w2, scales, expert.to(tl.int64) * N + start, K, FORMAT)
         if NARROW < BLOCK_T:
@@ -327,6 +339,7 @@ def one_token(
         (triton.cdiv(width, gate_up["BLOCK_N"]), ranks),
         *(x, *tensors(w13), ids, hidden, width, act.alpha, act.limit, act.beta),
         config=one_token_config(target, gate_up, w13, inner["BLOCK_K"]),
+        OVERLAP=target.overlaps,
         **inner,
     )
     inner = inner_products(target, w2, down)
@@ -336,6 +349,7 @@ def one_token(
         *(hidden, *tensors(w2), ids, weights, out, size),
         config=one_token_config(target, down, w2, inner["BLOCK_K"]),
         RANKS=ranks,
+        OVERLAP=target.overlaps,
         **inner,
     )
 
@@ -354,6 +368,7 @@ def few_tokens(
         "BLOCK_R": triton.next_power_of_2(ranks),
         "BLOCK_T": block_t,
         "BY_EXPERT": slots == num_experts,
+        "OVERLAP": target.overlaps,
     }
     target.launch(
         _few_gate_up_kernel,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.kernels import configs
 from engine.kernels.launch import Target
+from engine.kernels.triton_common import follow
 from engine.kernels.triton_mx import Packed
 
 # w13 [num_experts, 2 * width, hidden], w2 [num_experts, hidden, width].
@@ -19,8 +20,11 @@ PackedExperts = tuple[Packed, Packed]
 
 
 @triton.jit
-def _sum_ranks_kernel(partial, weights, out, N, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_ranks_kernel(
+    partial, weights, out, N, RANKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """Program (tile of BLOCK columns, token): out = sum of weight * partial, in the order of the ranks."""
+    follow(OVERLAP)
     token = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     partial += token.to(tl.int64) * RANKS * N
@@ -36,4 +40,5 @@ def sum_ranks(target: Target, partial: Tensor, weights: Tensor, out: Tensor) -> 
     num_tokens, size = out.shape
     config = configs.MOE_SUM[target.arch]
     grid = (triton.cdiv(size, config["BLOCK"]), num_tokens)
-    target.launch(_sum_ranks_kernel, grid, partial, weights, out, size, config=config, RANKS=weights.shape[1])
+    constants = {"RANKS": weights.shape[1], "OVERLAP": target.overlaps}
+    target.launch(_sum_ranks_kernel, grid, partial, weights, out, size, config=config, **constants)

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.kernels import configs_mx
 from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import MX_GROUP, MXWeight
-from engine.kernels.triton_common import operand
+from engine.kernels.triton_common import follow, operand
 from engine.kernels.triton_mx_decode import correction, e2m1_tiles, e4m3_tile
 
 # Added to the scales, by (decoding, format), and taken back by the factors of `correction`.
@@ -135,6 +135,7 @@ def mx_row_products(
     EVEN_K: tl.constexpr,
     FORMAT: tl.constexpr,
     DECODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """acc + the products of weight rows with scale * x, fp32 [rows, any number that sums to the result].
 
@@ -151,7 +152,9 @@ def mx_row_products(
     byte, index = tl.max_contiguous(tl.arange(0, GROUPS * BYTES), 8), tl.arange(0, GROUPS * BYTES)
     column = index // 16 * 32 + index % 16 if FOUR else index
     eight = tl.arange(0, EIGHTS)
-    for chunk in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tiles, all_exponents = (), ()
+    for chunk in tl.static_range(CHUNKS):
         first = chunk * GROUPS
         codes_at = values + rows[:, None] * (K // 32 * BYTES) + (first * BYTES + byte)[None, :]
         # One dimension: of two, Triton 3.6 gives neighbouring rows to neighbouring threads.
@@ -166,14 +169,18 @@ def mx_row_products(
                 tl.reshape(scales_at, [ROWS * EIGHTS]), mask=tl.reshape(present, [ROWS * EIGHTS]), other=0
             )
             exponents = tl.reshape(exponents, [ROWS, EIGHTS])
+        tiles += (codes,)
+        all_exponents += (exponents,)
+    follow(OVERLAP)
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * BLOCK_K + column
         if FOUR:
-            low, high = e2m1_tiles(codes, exponents, DECODE, True)
-            acc += low * _inputs(x, first * 32 + column, scale, K, EVEN_K)[None, :]
-            acc += high * _inputs(x, first * 32 + column + 16, scale, K, EVEN_K)[None, :]
+            low, high = e2m1_tiles(tiles[chunk], all_exponents[chunk], DECODE, True)
+            acc += low * _inputs(x, columns, scale, K, EVEN_K)[None, :]
+            acc += high * _inputs(x, columns + 16, scale, K, EVEN_K)[None, :]
         else:
-            acc += (
-                e4m3_tile(codes, exponents, DECODE, True) * _inputs(x, first * 32 + column, scale, K, EVEN_K)[None, :]
-            )
+            weight = e4m3_tile(tiles[chunk], all_exponents[chunk], DECODE, True)
+            acc += weight * _inputs(x, columns, scale, K, EVEN_K)[None, :]
     return acc
 
 

@@ -15,7 +15,7 @@ from engine.kernels import configs
 from engine.kernels.batch import StepBatch
 from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import KVPages, QKVLayout, SwigluParams
-from engine.kernels.triton_common import swiglu_oai
+from engine.kernels.triton_common import follow, swiglu_oai
 
 # From this many rows on, programs take several rows each; below, a launch is over before bandwidth matters.
 _MANY_ROWS = 1024
@@ -25,10 +25,12 @@ _MANY_ROWS = 1024
 def _norm_kernel(
     x_ptr, residual_ptr, gain_ptr, normed_ptr, total_ptr, num_rows, x_stride, residual_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(num_rows / ROWS)). normed and total are contiguous; residual and total are None without ADD."""
     columns = tl.arange(0, BLOCK)
     gain = tl.load(gain_ptr + columns, mask=columns < SIZE, other=0.0)
+    follow(OVERLAP)
     first = tl.program_id(0).to(tl.int64) * ROWS
     for index in range(ROWS):
         row = first + index
@@ -79,15 +81,18 @@ def _norm(target: Target, x: Tensor, residual: Tensor | None, gain: Tensor, eps:
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
         ADD=residual is not None,
+        OVERLAP=target.overlaps,
     )
     return normed, total
 
 
 @triton.jit
 def _swiglu_kernel(
-    gate_up_ptr, out_ptr, gate_up_stride, alpha, limit, beta, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    gate_up_ptr, out_ptr, gate_up_stride, alpha, limit, beta, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, ceil(WIDTH / BLOCK))."""
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -113,6 +118,7 @@ def swiglu(target: Target, gate_up: Tensor, params: SwigluParams) -> Tensor:
         params.beta,
         config=config,
         WIDTH=width,
+        OVERLAP=target.overlaps,
     )
     return out
 
@@ -250,10 +256,11 @@ def _qk_norm_rope_insert_kernel(
     num_tokens, row_stride, page_stride, head_stride, vector_stride, index_page_stride, index_vector_stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, INDEX_HEADS: tl.constexpr,
     INDEX_DIM: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
-    INDEX_LIMIT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    INDEX_LIMIT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS vectors of one part of the packed row: the first programs those of q, the next ones k, v,
     index_k and index_q. See qk_norm_rope_insert for the tensors."""
+    follow(OVERLAP)
     num_q = tl.cdiv(num_tokens * HEADS, ROWS)
     num_kv = tl.cdiv(num_tokens * KV_HEADS, ROWS)
     num_index = tl.cdiv(num_tokens, ROWS) if INDEX_HEADS > 0 else 0
@@ -347,6 +354,7 @@ def qk_norm_rope_insert(
         LIMIT=_fp8_limit(pages.k, pages.k_scale),
         INDEX_LIMIT=_fp8_limit(pages.index_k, pages.index_k_scale),
         UPCAST=target.interpreted,
+        OVERLAP=target.overlaps,
     )
     return q, index_q
 

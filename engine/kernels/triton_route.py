@@ -12,12 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import configs
-from engine.kernels.launch import SM90, LaunchConfig, Target
+from engine.kernels.launch import LaunchConfig, Target
 from engine.kernels.params import RouteParams
-from engine.kernels.triton_common import operand
+from engine.kernels.triton_common import follow, operand
 
 # From this many tokens on, logits are bound by arithmetic and not by reading the weights.
 _MANY_TOKENS = 512
@@ -37,15 +36,14 @@ def _logits_kernel(
     x_ptr, gate_ptr, partial_ptr, num_tokens, x_stride,
     HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, EXPERTS_ON_M: tl.constexpr, UPCAST: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles, expert tiles, splits): split s sums columns [s * SPLIT_K, (s + 1) * SPLIT_K).
 
     gate: float32 [EXPERTS, HIDDEN].  partial: float32 [splits, num_tokens, EXPERTS].
     EXPERTS_ON_M: experts are the rows of the matrix instruction, which split weights reach without leaving registers.
     """
-    if PDL:
-        gdc_launch_dependents()
+    follow(OVERLAP)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     first = tl.program_id(2) * SPLIT_K
@@ -92,15 +90,14 @@ def _logits_kernel(
 def _select_kernel(
     partial_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, weight_sum,
     SPLITS: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED_WIDTH: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(num_tokens / ROWS)). weights: float32, ids: int32, both [num_tokens, WIDTH]; WIDTH is TOP_K, or one
     more with the shared expert."""
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     expert = tl.arange(0, PADDED)[None, :]
     bias = tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0)
-    if PDL:
-        gdc_wait()
+    follow(OVERLAP)
     mask = (token < num_tokens) & (expert < EXPERTS)
     logits = tl.zeros((ROWS, PADDED), tl.float32)
     for split in tl.static_range(SPLITS):
@@ -134,7 +131,6 @@ def route(target: Target, x: Tensor, gate: Tensor, bias: Tensor, params: RoutePa
     logits_config, select_config = _configs(target, num_tokens, x.dtype)
     splits = triton.cdiv(hidden, logits_config["SPLIT_K"])
     partial = torch.empty(splits, num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    pdl = bool(select_config.cuda.get("launch_pdl")) and target.arch == SM90
     target.launch(
         _logits_kernel,
         (
@@ -151,7 +147,7 @@ def route(target: Target, x: Tensor, gate: Tensor, bias: Tensor, params: RoutePa
         HIDDEN=hidden,
         EXPERTS=num_experts,
         UPCAST=target.interpreted,
-        PDL=pdl,
+        OVERLAP=target.overlaps,
     )
     weights = torch.empty(num_tokens, params.width, dtype=torch.float32, device=x.device)
     ids = torch.empty(num_tokens, params.width, dtype=torch.int32, device=x.device)
@@ -171,7 +167,7 @@ def route(target: Target, x: Tensor, gate: Tensor, bias: Tensor, params: RoutePa
         TOP_K=params.top_k,
         WIDTH=params.width,
         PADDED_WIDTH=triton.next_power_of_2(params.width),
-        PDL=pdl,
+        OVERLAP=target.overlaps,
     )
     return weights, ids
 

@@ -2,7 +2,8 @@
 """Sampling inside a captured decode step: greedy, or Gumbel-max over the whole vocabulary, in two launches.
 
 The vocabulary is cut into chunks of a fixed size, so that a row's token does not depend on the batch. Each chunk
-names its winner; then the winners meet, scored relative to the best token of the row as engine/sampler.py does.
+names its winner; then the winners meet, scored relative to the best token of the row as engine/sampler.py does. Ranks
+that hold a share of the vocabulary each bring the winners of its chunks together, not the logits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine import noise
 from engine.kernels import configs
+from engine.kernels.exchange import VocabShare
 from engine.kernels.launch import SM90, Target
+from engine.kernels.triton_reduce import receive, send
 from engine.types import NOT_FINITE
 
 # As constants of the kernels: SplitMix64's, unsigned.
@@ -53,58 +56,73 @@ def _relative(x, best, temperature):
     return tl.div_rn(difference, tl.zeros(difference.shape, tl.float32) + temperature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id"])
 def _chunk_kernel(
-    logits_ptr, temperature_ptr, keys_ptr, values_ptr, ids_ptr, logits_stride, vocab,
+    logits_ptr, temperature_ptr, keys_ptr, found_ptr, logits_stride, vocab, first_id,
     CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, rows). values: float32 [2, rows, chunks], a chunk's largest logit (NaN if one is not finite) and
-    its winner's logit; ids: int32 [rows, chunks], its winner."""
+    """Grid (chunks, rows). found: int32 [3, rows, chunks], the bits of a chunk's largest logit (NaN if one is not
+    finite) and of its winner's, and the winner's token id."""
     if PDL:
         gdc_launch_dependents()
     chunk, row = tl.program_id(0), tl.program_id(1)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = token < vocab
+    place = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = place < vocab
     lowest = float("-inf")
-    x = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + token, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + place, mask=inside, other=0.0).to(tl.float32)
     broken = tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 0) != 0
     x = tl.where(inside, x, lowest)
     best = tl.max(x, 0)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0:
         score = _relative(x, best, tl.maximum(temperature, _MIN_TEMPERATURE))
-        score += gumbel_noise(tl.load(keys_ptr + row), token)
+        score += gumbel_noise(tl.load(keys_ptr + row), first_id + place)
     else:
         score = x
-    winner = tl.argmax(score, 0, tie_break_left=True)
-    cell = row * tl.num_programs(0) + chunk
-    tl.store(values_ptr + cell, tl.where(broken, float("nan"), best))
-    tl.store(
-        values_ptr + tl.num_programs(1) * tl.num_programs(0) + cell,
-        tl.max(tl.where(token == chunk * CHUNK + winner, x, lowest), 0),
-    )
-    tl.store(ids_ptr + cell, chunk * CHUNK + winner)
+    winner = chunk * CHUNK + tl.argmax(score, 0, tie_break_left=True)
+    cells = tl.num_programs(1) * tl.num_programs(0)
+    cell_ptr = found_ptr + row * tl.num_programs(0) + chunk
+    tl.store(cell_ptr, tl.where(broken, float("nan"), best).to(tl.int32, bitcast=True))
+    tl.store(cell_ptr + cells, tl.max(tl.where(place == winner, x, lowest), 0).to(tl.int32, bitcast=True))
+    tl.store(cell_ptr + 2 * cells, first_id + winner)
 
 
 @triton.jit
 def _merge_kernel(
-    values_ptr, ids_ptr, temperature_ptr, keys_ptr, slots_ptr, out_ptr, last_tokens_ptr,
-    CHUNKS: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+    found_ptr, temperature_ptr, keys_ptr, slots_ptr, out_ptr, last_tokens_ptr, peers_ptr, counters_ptr,
+    CHUNKS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, EXCHANGE: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows)."""
+    """Grid (rows). found: as _chunk_kernel leaves it, [SIZE, 3, rows, CHUNKS] of all ranks; with EXCHANGE of this one,
+    and the others' come by exchange."""
     row = tl.program_id(0)
-    chunk = tl.arange(0, PADDED)
-    inside = chunk < CHUNKS
+    index = tl.arange(0, PADDED)
+    source, chunk = index // CHUNKS, index % CHUNKS
+    inside = source < SIZE
     lowest = float("-inf")
-    cell = row * CHUNKS + chunk
     temperature = tl.load(temperature_ptr + row)
     key = tl.load(keys_ptr + row)
     slot = tl.load(slots_ptr + row)
     if PDL:
         gdc_wait()
-    largest = tl.load(values_ptr + cell, mask=inside, other=lowest)
-    x = tl.load(values_ptr + tl.num_programs(0) * CHUNKS + cell, mask=inside, other=lowest)
-    token = tl.load(ids_ptr + cell, mask=inside, other=0)
+    cells = tl.num_programs(0) * CHUNKS
+    here = inside & (source == RANK) if EXCHANGE else inside
+    cell_ptr = found_ptr + (0 if EXCHANGE else source * 3 * cells) + row * CHUNKS + chunk
+    best_bits = tl.load(cell_ptr, mask=here, other=0)
+    x_bits = tl.load(cell_ptr + cells, mask=here, other=0)
+    token = tl.load(cell_ptr + 2 * cells, mask=here, other=0)
+    if EXCHANGE:
+        count = tl.load(counters_ptr + row) + 1
+        send(best_bits, chunk, here, row, count, peers_ptr, ROWS, WIDTH, RANK, SIZE)
+        send(x_bits, CHUNKS + chunk, here, row, count, peers_ptr, ROWS, WIDTH, RANK, SIZE)
+        send(token, 2 * CHUNKS + chunk, here, row, count, peers_ptr, ROWS, WIDTH, RANK, SIZE)
+        there = inside & (source != RANK)
+        best_bits |= receive(source, chunk, there, row, count, peers_ptr, ROWS, WIDTH, RANK, SIZE)
+        x_bits |= receive(source, CHUNKS + chunk, there, row, count, peers_ptr, ROWS, WIDTH, RANK, SIZE)
+        token |= receive(source, 2 * CHUNKS + chunk, there, row, count, peers_ptr, ROWS, WIDTH, RANK, SIZE)
+        tl.store(counters_ptr + row, count)
+    largest = tl.where(inside, best_bits.to(tl.float32, bitcast=True), lowest)
+    x = tl.where(inside, x_bits.to(tl.float32, bitcast=True), lowest)
     broken = tl.max((largest != largest).to(tl.int32), 0) != 0
     if temperature > 0:
         score = _relative(x, tl.max(largest, 0), tl.maximum(temperature, _MIN_TEMPERATURE))
@@ -113,52 +131,74 @@ def _merge_kernel(
         score = x
     # Chunks ascend by token id: of equal scores the lower id wins.
     winner = tl.argmax(score, 0, tie_break_left=True)
-    result = tl.sum(tl.where(chunk == winner, token, 0), 0).to(tl.int64)
+    result = tl.sum(tl.where(index == winner, token, 0), 0).to(tl.int64)
     result = tl.where(broken, _NOT_FINITE, result)
     tl.store(out_ptr + row, result)
     tl.store(last_tokens_ptr + slot, result, mask=result >= 0)
 
 
+def exchange_width(target: Target, vocab: int) -> int:
+    """Words of a row that ranks which hold `vocab` tokens each exchange."""
+    return 3 * int(triton.cdiv(vocab, configs.SAMPLE_CHUNK[target.arch]["CHUNK"]))
+
+
 def sample(
-    target: Target, logits: Tensor, temperature: Tensor, keys: Tensor, out: Tensor, last_tokens: Tensor, slots: Tensor
+    target: Target,
+    logits: Tensor,
+    temperature: Tensor,
+    keys: Tensor,
+    out: Tensor,
+    last_tokens: Tensor,
+    slots: Tensor,
+    share: VocabShare | None = None,
 ) -> None:
     """The next token of each row, as engine/sampler.py draws it where nothing edits or truncates the logits.
 
-    logits: [num_rows, vocab] of any floating dtype.  temperature: float32 [num_rows], 0: greedy.  keys: int64
-    [num_rows], of noise.noise_key.  out: int64 [num_rows], gets the token, or NOT_FINITE.  last_tokens: int64
-    [max_num_seqs]; a row's token goes to slots [num_rows] of it too, unless the row is NOT_FINITE.
+    logits: [num_rows, vocab] of any floating dtype; with `share`, of its part of the vocabulary.
+    temperature: float32 [num_rows], 0: greedy.  keys: int64 [num_rows], of noise.noise_key.  out: int64 [num_rows],
+    gets the token, or NOT_FINITE.  last_tokens: int64 [max_num_seqs]; a row's token goes to slots [num_rows] of it too,
+    unless the row is NOT_FINITE.  share: every rank has to call, and all get the same tokens.
     """
     num_rows, vocab = logits.shape
     config, merge_config = configs.SAMPLE_CHUNK[target.arch], configs.SAMPLE_MERGE[target.arch]
     chunks = triton.cdiv(vocab, config["CHUNK"])
-    values = torch.empty(2, num_rows, chunks, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(num_rows, chunks, dtype=torch.int32, device=logits.device)
+    found = torch.empty(3, num_rows, chunks, dtype=torch.int32, device=logits.device)
+    exchange = None if share is None else share.exchange
     pdl = bool(merge_config.cuda.get("launch_pdl")) and target.arch == SM90
+    size = 1 if share is None else share.size
     target.launch(
         _chunk_kernel,
         (chunks, num_rows),
         logits,
         temperature,
         keys,
-        values,
-        ids,
+        found,
         logits.stride(0),
         vocab,
+        0 if share is None else share.first_id,
         config=config,
         PDL=pdl,
     )
+    if share is not None and exchange is None:
+        found = share.gather(found)
     target.launch(
         _merge_kernel,
         (num_rows,),
-        values,
-        ids,
+        found,
         temperature,
         keys,
         slots,
         out,
         last_tokens,
+        None if exchange is None else exchange.peers,
+        None if exchange is None else exchange.counters,
         config=merge_config,
         CHUNKS=chunks,
-        PADDED=triton.next_power_of_2(chunks),
+        SIZE=size,
+        PADDED=triton.next_power_of_2(size * chunks),
+        EXCHANGE=exchange is not None,
+        RANK=0 if exchange is None else exchange.rank,
+        ROWS=0 if exchange is None else exchange.rows,
+        WIDTH=0 if exchange is None else exchange.width,
         PDL=pdl,
     )

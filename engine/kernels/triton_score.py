@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.kernels.triton_common import operand
+from engine.kernels.triton_common import follow, operand
 from engine.kernels.triton_topk import NEVER, PAGE
 
 # What differs from step to step: must not ask for another compilation.
@@ -101,15 +101,14 @@ def score_decode(
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
     BALANCED: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Grid (programs, 1 if BALANCED else rows). scores: float32 [rows, heads, blocks]; rows that keep all their
     blocks get none. ROWS: the rows, padded to a power of two."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(OVERLAP)
     if BALANCED:
         # Program i scores the i-th equal share of all rows' blocks, laid end to end.
         rows = tl.arange(0, ROWS)

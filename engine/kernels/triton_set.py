@@ -16,11 +16,12 @@ from engine.kernels import (
     triton_moe,
     triton_norm,
     triton_prepare,
+    triton_reduce,
     triton_route,
     triton_sample,
     triton_sparse,
 )
-from engine.kernels.api import DecodeKernels, KernelSet
+from engine.kernels.api import DecodeKernels, ExchangeKernels, KernelSet
 from engine.kernels.batch import Segment, StepBatch
 from engine.kernels.params import KVPages, Selection
 from engine.quant_config import FORMATS
@@ -55,6 +56,14 @@ def bind(target: launch.Target, device: torch.device) -> KernelSet:
         power_of_two_dims=True,
         mx_formats=FORMATS,
         decode=DecodeKernels(partial(triton_prepare.prepare, target), partial(triton_sample.sample, target)),
+        # On AMD it would need stores that other devices see at once, which Triton does not promise.
+        exchange=None
+        if target.is_hip
+        else ExchangeKernels(
+            partial(triton_reduce.all_reduce, target),
+            partial(triton_reduce.all_reduce_add_rms_norm, target),
+            partial(triton_sample.exchange_width, target),
+        ),
     )
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.triton_common import follow
+
 INIT_SCORE = tl.constexpr(1e30)
 LOCAL_SCORE = tl.constexpr(1e29)
 NEVER = tl.constexpr(-1e30)
@@ -217,7 +219,7 @@ def select_decode(
     LOCAL_BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
     FEW: tl.constexpr,
-    PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (rows, heads). scores: float32 [rows, heads, blocks], valid where a row has more than TOPK blocks."""
     row = tl.program_id(0)
@@ -225,8 +227,7 @@ def select_decode(
     own = (tl.load(seq_lens + row) - 1) // PAGE
     if head == 0:
         tl.store(num_blocks + row, tl.minimum(own + 1, TOPK))
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    follow(OVERLAP)
     select_row_by_length(
         scores + row * scores_row_stride + head * scores_head_stride,
         blocks + head * blocks_head_stride + row * TOPK,

@@ -81,7 +81,6 @@ class Attention:
         self.layer_id = layer_id
         self.selector = selector
         self.kernels = build.kernels
-        self.parallel = parallel
         self.scale = config.head_dim**-0.5
         self.layout = QKVLayout(
             num_heads=config.num_attention_heads // parallel.size,
@@ -124,7 +123,7 @@ class Attention:
         self.o_proj = build.linear_of_columns(f"{prefix}o_proj.weight", width, parallel.part(width))
 
     def __call__(self, x: Tensor, cos_sin: Tensor, pages: KVPages, batch: StepBatch) -> Tensor:
-        """x: [num_tokens, hidden], normed.  Returns [num_tokens, hidden], summed over the ranks."""
+        """x: [num_tokens, hidden], normed.  Returns this rank's partial sum, [num_tokens, hidden]."""
         kernels = self.kernels
         q, index_q = kernels.qk_norm_rope_insert(
             kernels.linear(x, self.qkv), self.gains, cos_sin, batch, self.layout, pages
@@ -140,7 +139,7 @@ class Attention:
                 kernels.attend_sparse(q, pages, selection, batch, segment, self.scale, out)
                 if batch.probe is not None:
                     batch.probe.stop(started, "sparse_attention", self.layer_id, segment.phase)
-        return self.parallel.all_reduce(kernels.linear(out.view(out.shape[0], -1), self.o_proj))
+        return kernels.linear(out.view(out.shape[0], -1), self.o_proj)
 
 
 class MLP:

@@ -29,8 +29,15 @@ from engine.model.rope import rope_table
 from engine.model.weights import WeightSource
 from engine.msa.audit import Audit
 from engine.msa.cache import IndexCache
-from engine.msa.plan import IndexKnobs, Role
-from engine.msa.selector import AuditedSelector, ComputeSelector, ReuseSelector, Selector
+from engine.msa.plan import IndexKnobs, IndexPlan, Role
+from engine.msa.selector import (
+    AuditedSelector,
+    ComparedSelector,
+    ComputeSelector,
+    ReuseSelector,
+    Selector,
+    SourceSelector,
+)
 from engine.parallel import TensorParallel
 
 
@@ -56,22 +63,27 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) -> (this layer's output, the residual stream without it), both [num_tokens, hidden].
 
-        residual: None in the first layer, where x is the whole stream.
+        x and the output are partial sums of this rank: the norm behind them adds up the ranks'.
+        residual: None in the first layer, where x is the whole stream, on every rank.
         """
         if residual is None:
             normed, residual = self.kernels.rms_norm(x, self.input_gain, self.eps), x
         else:
-            normed, residual = self.kernels.add_rms_norm(x, residual, self.input_gain, self.eps)
+            normed, residual = self._add_norm(x, residual, self.input_gain)
         x = self.attention(normed, cos_sin, pages, batch)
-        normed, residual = self.kernels.add_rms_norm(x, residual, self.post_gain, self.eps)
-        return self.parallel.all_reduce(self.feed_forward(normed)), residual
+        normed, residual = self._add_norm(x, residual, self.post_gain)
+        return self.feed_forward(normed), residual
+
+    def _add_norm(self, x: Tensor, residual: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        return self.parallel.add_rms_norm(self.kernels, x, residual, gain, self.eps)
 
 
 class MiniMaxM3:
     """One rank's shard of the decoder, its pages and its selection buffers.
 
-    plan: the role of every layer.  index_cache: the step's shared selection.  pages: per layer, after
-    `allocate_pages`.  ledger: what became of every checkpoint tensor.
+    plan: the role of every layer, as loaded.  active_plan: the letters of that by which the next step runs.
+    index_cache: the step's shared selection.  pages: per layer, after `allocate_pages`.  ledger: what became of every
+    checkpoint tensor.
     """
 
     def __init__(
@@ -99,6 +111,7 @@ class MiniMaxM3:
         self.kv_dtype = kv_dtype or dtype
         self.index_dtype = index_dtype or dtype
         self.plan = knobs.build_plan(config.is_sparse)
+        self.active_plan = str(self.plan)
         self.audit = Audit()
         num_index_heads = parallel.num_heads(config.num_index_heads)
         groups = max(parallel.num_heads(config.num_key_value_heads), num_index_heads)
@@ -116,8 +129,9 @@ class MiniMaxM3:
         vocab = (config.vocab_size, config.hidden_size)
         self._vocab_part = parallel.part(config.vocab_size)
         self.embedding = build.weights.take("model.embed_tokens.weight", vocab, dtype, rows=self._vocab_part)
+        self._selectors = [self._make_selectors(layer_id, audited) for layer_id in range(len(self.plan.roles))]
         self.layers = [
-            DecoderLayer(build, layer_id, self._selector(layer_id, role, audited))
+            DecoderLayer(build, layer_id, self._selectors[layer_id].get(role))
             for layer_id, role in enumerate(self.plan.roles)
         ]
         self.final_gain = build.gain("model.norm.weight", config.hidden_size)
@@ -128,16 +142,40 @@ class MiniMaxM3:
         self.cos_sin = table.to(kernels.device)
         self.pages: list[KVPages] = []
 
-    def _selector(self, layer_id: int, role: Role, audited: bool) -> Selector | None:
-        config = self.config
+    def _make_selectors(self, layer_id: int, audited: bool) -> dict[Role, Selector]:
+        """By the roles that the layer can have: in an audited model each sparse layer either, else that of the plan."""
+        config, cache, kernels, role = self.config, self.index_cache, self.kernels, self.plan.roles[layer_id]
         params = SelectParams(config.topk_blocks, config.init_blocks, config.local_blocks)
         if role is Role.DENSE:
-            return None
-        if role is Role.COMPUTE:
-            return ComputeSelector(layer_id, self.index_cache, self.kernels, params)
-        if audited:
-            return AuditedSelector(layer_id, self.index_cache, self.kernels, params, self.audit)
-        return ReuseSelector(layer_id, self.index_cache)
+            return {}
+        if not audited:
+            if role is Role.REUSE:
+                return {role: ReuseSelector(layer_id, cache)}
+            return {role: ComputeSelector(layer_id, cache, kernels, params)}
+        if role is Role.REUSE:
+            return {
+                Role.COMPUTE: ComparedSelector(layer_id, cache, kernels, params, self.audit),
+                Role.REUSE: AuditedSelector(layer_id, cache, kernels, params, self.audit),
+            }
+        compute = SourceSelector if self.plan.layers(Role.REUSE) else ComputeSelector
+        return {
+            Role.COMPUTE: compute(layer_id, cache, kernels, params),
+            Role.REUSE: ReuseSelector(layer_id, cache),
+        }
+
+    def set_plan(self, letters: str) -> None:
+        """Run the steps that follow by the plan with these letters: no weights move and no device work happens. Audited
+        models only, since every layer must own its indexer and have index keys in all its pages.
+
+        Keys and values of layers behind the first S depend on the plan: a request should not change it on its way, and
+        pages of another plan must not be found. Captured graphs keep the plan of their capture. Audits are of the
+        loaded plan, and mean something while that runs, or the one without an S.
+        """
+        plan = IndexPlan.parse(letters)
+        assert [role is Role.DENSE for role in plan.roles] == [role is Role.DENSE for role in self.plan.roles]
+        self.active_plan, self.index_cache.plan = letters, plan
+        for layer, selectors, role in zip(self.layers, self._selectors, plan.roles, strict=True):
+            layer.attention.selector = selectors[role] if selectors else None
 
     def page_bytes(self) -> int:
         """Bytes of one page over all layers of this rank, the scales of fp8 pages included."""
@@ -189,12 +227,19 @@ class MiniMaxM3:
         for layer, pages in zip(self.layers, self.pages, strict=True):
             x, residual = layer(x, residual, self.cos_sin, pages, batch)
         assert residual is not None, "a model has layers"
-        normed, _ = self.kernels.add_rms_norm(x, residual, self.final_gain, self.config.rms_norm_eps)
+        eps = self.config.rms_norm_eps
+        normed, _ = self.parallel.add_rms_norm(self.kernels, x, residual, self.final_gain, eps)
         return normed
+
+    def logits_share(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden] -> [rows, vocab_size / ranks] of the compute dtype, of this rank's share of the
+        vocabulary; `parallel.all_gather_last` makes them whole."""
+        logits: Tensor = self.kernels.linear(hidden, self.lm_head)
+        return logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden] -> [rows, vocab_size] of the compute dtype, the same on every rank."""
-        return self.parallel.all_gather_last(self.kernels.linear(hidden, self.lm_head))
+        return self.parallel.all_gather_last(self.logits_share(hidden))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -28,6 +28,9 @@
 {{- if .Values.monitoring.exporter.enabled -}}
 {{- $_ := set $args "metrics_dir" .Values.monitoring.exporter.directory -}}
 {{- end -}}
+{{- if .Values.apiKeys.existingSecret -}}
+{{- $_ := set $args "api_key_file" (printf "%s/keys" (include "m3serve.apiKeysPath" .)) -}}
+{{- end -}}
 {{- $set := dict -}}
 {{- range $name, $value := merge $args .Values.settings -}}
 {{- if not (kindIs "invalid" $value) -}}
@@ -35,6 +38,10 @@
 {{- end -}}
 {{- end -}}
 {{- toYaml $set -}}
+{{- end -}}
+
+{{- define "m3serve.apiKeysPath" -}}
+/etc/m3serve/api-keys
 {{- end -}}
 
 {{/* No request_timeout_s: it would end long generations. */}}

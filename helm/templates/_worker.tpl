@@ -74,6 +74,12 @@ template:
           - name: metrics-shm
             mountPath: {{ .Values.monitoring.exporter.directory }}
           {{- end }}
+          {{- if .Values.apiKeys.existingSecret }}
+          # The whole volume: a single file of it would not follow the secret.
+          - name: api-keys
+            mountPath: {{ include "m3serve.apiKeysPath" . }}
+            readOnly: true
+          {{- end }}
           {{- with $worker.volumeMounts }}
           {{- toYaml . | nindent 10 }}
           {{- end }}
@@ -96,6 +102,15 @@ template:
         emptyDir:
           medium: Memory
           sizeLimit: {{ .Values.monitoring.exporter.sizeLimit }}
+      {{- end }}
+      {{- if .Values.apiKeys.existingSecret }}
+      - name: api-keys
+        secret:
+          secretName: {{ .Values.apiKeys.existingSecret }}
+          defaultMode: 0440
+          items:
+            - key: {{ .Values.apiKeys.key }}
+              path: keys
       {{- end }}
       {{- with $worker.volumes }}
       {{- toYaml . | nindent 6 }}

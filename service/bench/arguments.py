@@ -19,7 +19,8 @@ examples:
 """
 _SLICE = """\
 The engine on one GPU, with one of four tensor-parallel ranks' share of 12 of the 60 layers of MiniMax-M3 (3 dense,
-9 sparse; 17 billion random parameters, 35 GB in bf16), which is how fast a rank runs without its collectives.
+9 sparse; 17 billion random parameters, 35 GB in bf16), which is how fast a rank runs without its collectives. Several
+ranks, on as many GPUs, hold a model that many times as wide.
 
 Prefill: the time to the first token of one prompt. Decode: C requests are prefilled, and once all of them decode
 together, N steps are timed: TPOT is the median interval between tokens. Every frequency of the index cache needs
@@ -29,6 +30,7 @@ _SLICE_EPILOG = """\
 examples:
   m3serve bench slice --out slice.json
   m3serve bench slice --freqs 1,4 --concurrency 64 --context-tokens 32768
+  m3serve bench slice --tensor-parallel-size 2
   m3serve bench slice --format mxfp4 --freqs 1 --concurrency 1,16
   m3serve bench slice --tiny --backend torch           the same on a model of toy size, on CPU
 """
@@ -121,6 +123,10 @@ def add_slice(parser: argparse.ArgumentParser) -> None:
         "--requests-per-stream", type=count, metavar="N",
         help="also run N times as many requests per decode case to their end, in a closed loop: prompts then run "
         "among the decode steps of others",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tensor-parallel-size", type=count, default=1, metavar="N",
+        help="N ranks of this size, each on its own GPU: a model N times as wide, and what its collectives cost (1)",
     )  # fmt: skip
     parser.add_argument("--backend", default="auto", metavar="TEXT", help="triton, aiter, torch or auto (auto)")
     parser.add_argument("--dtype", default="auto", metavar="TEXT", help="bfloat16, float32 or auto (auto)")

@@ -41,7 +41,8 @@ class SteadyDecode:
     """Steps in which every request got one token.
 
     intervals_s: between those steps.  steps: run in all, the prompts' too.  indexer_s, attention_s: mean time of a
-    decode step's operations per layer, from the engine's probes; empty where no step was probed.
+    decode step's operations per layer, from the engine's probes; empty where no step was probed.  collective_s: of all
+    collectives of a probed step on rank 0; None where no step was probed.
     """
 
     streams: list[Stream]
@@ -50,6 +51,7 @@ class SteadyDecode:
     preemptions: int
     indexer_s: dict[int, float]
     attention_s: dict[int, float]
+    collective_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def steady_decode(core: EngineCore, prompts: Sequence[list[int]], steps: int, ma
         driver.start(prompt, max_tokens)
     stamps: list[float] = []
     before: tuple[LayerSums, LayerSums] = ({}, {})
+    collectives = (0.0, 0)
     while len(stamps) <= steps:
         now_s, num_tokens = driver.step()
         if any(stream.ended for stream in driver.streams.values()):
@@ -137,8 +140,9 @@ def steady_decode(core: EngineCore, prompts: Sequence[list[int]], steps: int, ma
         if num_tokens == len(prompts):
             stamps.append(now_s)
             if len(stamps) == 1:
-                before = _probed(core)
+                before, collectives = _probed(core), _collectives(core)
     after = _probed(core)
+    seconds, samples = (late - early for late, early in zip(_collectives(core), collectives, strict=True))
     ran, preemptions = driver.steps, driver.preemptions
     driver.stop()
     return SteadyDecode(
@@ -148,6 +152,7 @@ def steady_decode(core: EngineCore, prompts: Sequence[list[int]], steps: int, ma
         preemptions=preemptions,
         indexer_s=_means(before[0], after[0]),
         attention_s=_means(before[1], after[1]),
+        collective_s=seconds / samples if samples else None,
     )
 
 
@@ -180,6 +185,12 @@ def _probed(core: EngineCore) -> tuple[LayerSums, LayerSums]:
         if phase == "decode"
     }
     return indexer, attention
+
+
+def _collectives(core: EngineCore) -> tuple[float, int]:
+    """(seconds in collectives, probed steps) of rank 0, so far."""
+    rank = core.stats.ranks.get(0)
+    return (0.0, 0) if rank is None else (rank.collective_s, rank.samples)
 
 
 def _means(before: LayerSums, after: LayerSums) -> dict[int, float]:

@@ -33,10 +33,11 @@ from engine.memory import free_bytes
 from engine.model.loading import dry_pass, load_model
 from engine.model.minimax_m3 import MiniMaxM3
 from engine.model.read_ahead import PIECE_BYTES, pieces_of
-from engine.model.shards import INDEX, Shards
+from engine.model.shards import Shards
 from engine.model.weights import WeightSource
 from engine.parallel import TensorParallel
 from engine.quant_config import FORMATS
+from engine.tensor_files import INDEX
 from service.bench.arguments import add_load
 from service.bench.floors import RankShape
 from service.bench.report import Row, machine, progress, table, write

@@ -7,108 +7,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
-import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from engine.config import PAGE_SIZE, EngineConfig
-from engine.engine import EngineCore
 from engine.errors import CheckpointError, ConfigError
-from engine.executor import InlineExecutor
-from engine.model.minimax_m3 import MiniMaxM3
-from engine.model.moe import MoE
-from service.bench import floors
 from service.bench.arguments import add_slice
-from service.bench.engine_load import ClosedLoop, SteadyDecode, closed_loop, steady_decode, steps_of_prefill
+from service.bench.engine_load import ClosedLoop, SteadyDecode, closed_loop, steady_decode
 from service.bench.floors import H100, M3_RANK, Kind, RankShape, Rates
 from service.bench.gpu_timing import Protocol, measure_rates
 from service.bench.report import Row, machine, progress, summary, table, write
-from service.bench.slice_model import TINY_RANK, SliceFloors, hf_config
+from service.bench.slice_engine import Load, SliceEngine, expert_coverage
+from service.bench.slice_model import TINY_RANK, group_shape, hf_config
 
-BUDGET = 8192
 # What long prompts' products reach on an H100; prefill floors assume it whatever the device.
 PREFILL_FLOPS = 600e12
-_COVERAGE_DRAWS = 16
-PROBE_INTERVAL = 32
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Load:
-    """What is tried on each engine. requests_per_stream: of a closed loop per decode
-    case; 0: none."""
-
-    prefill_tokens: list[int]
-    concurrency: list[int]
-    context_tokens: list[int]
-    decode_steps: int
-    repeats: int
-    requests_per_stream: int
-
-    def max_tokens(self, rows: int, context: int) -> int:
-        """Enough for the first request to live until all `rows` have decoded together."""
-        return steps_of_prefill([context] * rows, BUDGET) + self.decode_steps + 1
-
-    def engine_settings(self) -> dict[str, Any]:
-        """The sizes that every case fits in."""
-        cases = [(rows, context) for rows in self.concurrency for context in self.context_tokens]
-        lengths = [(rows, context + self.max_tokens(rows, context)) for rows, context in cases]
-        lengths += [(1, tokens + 1) for tokens in self.prefill_tokens]
-        return {
-            "max_model_len": max(length for _, length in lengths),
-            "max_num_seqs": max(rows for rows, _ in lengths),
-            "max_num_batched_tokens": BUDGET,
-            "num_pages": max(rows * -(-length // PAGE_SIZE) for rows, length in lengths) + 1,
-            # A repeated prompt would be found instead of computed.
-            "enable_prefix_caching": False,
-            # Often enough for every case to be probed, too rarely to move a median.
-            "probe_interval": PROBE_INTERVAL,
-        }
-
-
-class _Executor(InlineExecutor):
-    """Lets the benchmark look at the model that it measures."""
-
-    @property
-    def model(self) -> MiniMaxM3:
-        assert self._runner is not None, "the executor is closed"
-        return self._runner.model
-
-
-class _Engine:
-    """One engine on the slice, and prompts for it."""
-
-    def __init__(self, directory: Path, shape: RankShape, kind: Kind, load: Load, settings: dict[str, Any]) -> None:
-        merged = {"load_format": "dummy", **load.engine_settings(), **settings}
-        self.config = EngineConfig.from_kwargs(directory, **merged)
-        self.executor = _Executor(self.config)
-        self.core = EngineCore(self.config, self.executor)
-        info = self.core.info
-        element = getattr(torch, info.dtype).itemsize
-        kv, index = (
-            floors.FP8 if merged.get(name) == "fp8" else element for name in ("kv_cache_dtype", "index_cache_dtype")
-        )
-        self.floors = SliceFloors(shape, info.plan, element, kv, index, kind)
-        self.shape = shape
-        self._rng = random.Random(0)
-
-    def prompt(self, length: int) -> list[int]:
-        return [self._rng.randrange(self.shape.vocab) for _ in range(length)]
-
-    def close(self) -> None:
-        self.core.close()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def run(
@@ -120,14 +39,16 @@ def run(
     settings: dict[str, Any],
     bandwidth: float | None,
     out: str | None,
+    ranks: int = 1,
 ) -> int:
-    """Measure an engine per frequency. kind: the format of weights.  bandwidth: bytes/s that floors assume; None:
-    measured, or an H100's."""
+    """Measure an engine per frequency. shape: of each of `ranks` ranks.  kind: the format of weights.  bandwidth:
+    bytes/s that floors assume; None: measured, or an H100's."""
     rates = _rates(bandwidth)
     document: dict[str, Any] = {
         "benchmark": "slice",
         "machine": machine(),
         "shape": dataclasses.asdict(shape),
+        "tensor_parallel_size": ranks,
         "format": kind,
         "floor_bytes_per_s": rates.bytes_per_s,
         "floor_prefill_flops_per_s": rates.flops_per_s,
@@ -135,9 +56,11 @@ def run(
         "rows": [],
     }
     with tempfile.TemporaryDirectory(prefix="m3serve-slice-") as name:
-        (Path(name) / "config.json").write_text(json.dumps(hf_config(shape, kind)), encoding="utf-8")
+        (Path(name) / "config.json").write_text(
+            json.dumps(hf_config(group_shape(shape, ranks), kind)), encoding="utf-8"
+        )
         for freq in freqs:
-            engine = _Engine(Path(name), shape, kind, load, {**settings, "index_topk_freq": freq})
+            engine = SliceEngine(Path(name), shape, kind, load, {**settings, "index_topk_freq": freq}, ranks)
             try:
                 info, rows = _measure(engine, freq, load, rates)
             finally:
@@ -161,7 +84,7 @@ def _rates(bandwidth: float | None) -> Rates:
     return Rates(measured.bytes_per_s, PREFILL_FLOPS)
 
 
-def _measure(engine: _Engine, freq: int, load: Load, rates: Rates) -> tuple[Row, list[Row]]:
+def _measure(engine: SliceEngine, freq: int, load: Load, rates: Rates) -> tuple[Row, list[Row]]:
     info = engine.core.info
     weights = f"{info.dtype}, {engine.floors.kind} weights, {info.weight_bytes / 1e9:.1f} GB"
     progress(f"freq {freq}: {info.backend}, {weights}, plan {info.plan}, {info.num_pages} pages")
@@ -183,7 +106,14 @@ def _measure(engine: _Engine, freq: int, load: Load, rates: Rates) -> tuple[Row,
                 ran = closed_loop(engine.core, prompts, concurrency=concurrency, output_tokens=load.decode_steps)
                 rows.append(_loop_row(freq, concurrency, context, ran))
                 progress(_line(rows[-1]))
-    return {"freq": freq, "plan": info.plan, "backend": info.backend, "dtype": info.dtype, "coverage": coverage}, rows
+    return {
+        "freq": freq,
+        "plan": info.plan,
+        "backend": info.backend,
+        "dtype": info.dtype,
+        "coverage": coverage,
+        "kernels": info.kernels,
+    }, rows
 
 
 def _line(row: Row) -> str:
@@ -195,7 +125,7 @@ def _flat(row: Row) -> Row:
     return {key: value for key, value in row.items() if not isinstance(value, dict)}
 
 
-def _prefill(engine: _Engine, freq: int, tokens: int, repeats: int, rates: Rates) -> Row:
+def _prefill(engine: SliceEngine, freq: int, tokens: int, repeats: int, rates: Rates) -> Row:
     """Time to the first token of one prompt on an idle engine; the first run does not count."""
     seconds = []
     for _ in range(repeats + 1):
@@ -217,7 +147,7 @@ def _prefill(engine: _Engine, freq: int, tokens: int, repeats: int, rates: Rates
 
 
 def _decode_row(
-    engine: _Engine,
+    engine: SliceEngine,
     freq: int,
     concurrency: int,
     context: int,
@@ -245,6 +175,7 @@ def _decode_row(
         "indexer_ms": None if indexer_s is None else indexer_s * 1e3,
         "sparse_attention_ms": None if attention_s is None else attention_s * 1e3,
         "indexer_share": None if indexer_s is None else indexer_s / tpot_s,
+        "collective_ms": None if found.collective_s is None else found.collective_s * 1e3,
         "experts_hit": coverage[concurrency],
         "steps": found.steps,
         "preemptions": found.preemptions,
@@ -292,53 +223,6 @@ def gains(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-@contextmanager
-def _watch_routes(model: MiniMaxM3, seen: dict[int, Tensor]) -> Iterator[None]:
-    """`seen` gets, by layer, the expert ids of the step that runs last; steps in captured graphs are not seen."""
-    experts = {i: layer.feed_forward for i, layer in enumerate(model.layers) if isinstance(layer.feed_forward, MoE)}
-    kernels = {i: moe.kernels for i, moe in experts.items()}
-
-    def watched(layer_id: int) -> Any:
-        def route(*args: Any) -> tuple[Tensor, Tensor]:
-            weights, ids = kernels[layer_id].route(*args)
-            seen[layer_id] = ids.clone()
-            return weights, ids
-
-        return route
-
-    for layer_id, moe in experts.items():
-        moe.kernels = dataclasses.replace(kernels[layer_id], route=watched(layer_id))
-    try:
-        yield
-    finally:
-        for layer_id, moe in experts.items():
-            moe.kernels = kernels[layer_id]
-
-
-def expert_coverage(engine: _Engine, concurrency: Sequence[int]) -> dict[int, float]:
-    """Distinct routed experts that so many tokens hit in a layer, on average: random weights must not route alike, or
-    a step would read too few of them. Taken from tokens of one prompt, as a stand-in for a decode step's rows."""
-    if not concurrency:
-        return {}
-    seen: dict[int, Tensor] = {}
-    length = min(engine.core.info.max_model_len - 1, max(256, 4 * max(concurrency)), BUDGET)
-    with _watch_routes(engine.executor.model, seen):
-        closed_loop(engine.core, [engine.prompt(length)], concurrency=1, output_tokens=1)
-    num_experts = engine.shape.experts
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for rows in concurrency:
-        distinct = []
-        for ids in (ids.cpu() for ids in seen.values()):
-            for _ in range(_COVERAGE_DRAWS):
-                picked = ids[torch.randperm(len(ids), generator=generator)[:rows]]
-                distinct.append(len(picked[picked < num_experts].unique()))
-        found[rows] = mean(distinct)
-        uniform = floors.expected_experts(num_experts, engine.shape.experts_per_token, rows)
-        progress(f"{rows} tokens hit {found[rows]:.1f} of {num_experts} experts in a layer; uniform: {uniform:.1f}")
-    return found
-
-
 def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
     """NAME=VALUE settings of the engine; values are JSON, or text where they are not."""
     settings: dict[str, Any] = {}
@@ -378,6 +262,7 @@ def from_args(args: argparse.Namespace) -> int:
         settings={"backend": args.backend, "dtype": args.dtype, **settings_of(args.set)},
         bandwidth=None if args.bandwidth is None else args.bandwidth * 1e12,
         out=args.out,
+        ranks=args.tensor_parallel_size,
     )
 
 

@@ -3,7 +3,7 @@ GPU holds in bf16; and what a step of it must read and compute at the least."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from service.bench import floors
@@ -51,6 +51,19 @@ def _quantization_config(kind: str) -> dict[str, Any]:
         "exclude": _UNQUANTISED[kind],
         "export": {"weight_format": "real_quantized"},
     }
+
+
+def group_shape(shape: RankShape, ranks: int) -> RankShape:
+    """The model that `ranks` ranks of this shape share: experts are as many, and as much wider."""
+    return replace(
+        shape,
+        heads=shape.heads * ranks,
+        kv_heads=shape.kv_heads * ranks,
+        index_heads=shape.index_heads * ranks,
+        dense_width=shape.dense_width * ranks,
+        expert_width=shape.expert_width * ranks,
+        vocab=shape.vocab * ranks,
+    )
 
 
 def hf_config(shape: RankShape, kind: Kind = "bf16") -> dict[str, Any]:

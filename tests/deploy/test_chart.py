@@ -227,6 +227,20 @@ def test_secrets_are_references() -> None:
     assert download["env"][0]["valueFrom"] == {"secretKeyRef": {"name": "huggingface", "key": "token"}}
 
 
+def test_api_keys_are_mounted_where_the_service_reads_them() -> None:
+    [application] = chart.serve_config(*ALL)["applications"]
+    pod = chart.worker(*ALL)["spec"]
+    [mount] = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "api-keys"]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "api-keys"]
+    assert application["args"]["api_key_file"] == f"{mount['mountPath']}/keys"
+    assert mount["readOnly"] and "subPath" not in mount, "a file that is mounted alone does not follow the secret"
+    assert volume["secret"]["secretName"] == "api-keys"
+    assert volume["secret"]["items"] == [{"key": "list", "path": "keys"}]
+    assert "api-keys" not in json.dumps(chart.worker(*CPU_DEMO)), "none unless a secret is named"
+    with pytest.raises(chart.HelmFailed, match="api_keys"):
+        chart.text(*CPU_DEMO, *chart.set_json({"settings.api_keys": "a-key-in-the-values"}))
+
+
 def test_weights_are_read_only_where_they_are_served() -> None:
     for case in CASES:
         spec = chart.worker(*CASES[case])["spec"]
@@ -343,7 +357,7 @@ def test_notes_show_a_request_and_what_this_version_cannot_do() -> None:
     assert "port-forward service/demo-m3serve-serve-svc 8000:8000" in gpu
     assert '"model": "MiniMax-M3"' in gpu
     assert "runs tensor-parallel groups on CPU only" in gpu
-    assert '"model": "demo-untrained-v1"' in demo
+    assert '"model": "m3-nano"' in demo
     assert "WARNING" not in demo
     assert "WARNING" not in notes("--set", "engine.tensorParallelSize=1,engine.replicas=8,model.format=none")
     assert "4 GPUs are asked for and not used" in notes("--set", "engine.tensorParallelSize=4,model.format=mxfp8")

@@ -139,7 +139,7 @@ def test_the_install_steps(tmp_path: Path) -> None:
     where = run(str(python), "-c", "import engine, service, deploy.demo; print(engine.__file__, service.__file__)")
     assert where.stdout.count(str(site_packages)) == 2, where.stderr
     assert run(str(venv / "bin" / "m3serve"), "--help").stdout.startswith("usage: m3serve")
-    made = run(str(python), "-m", "deploy.demo.make_checkpoint", "--out", str(tmp_path / "demo"))
+    made = run(str(python), "-m", "deploy.demo.copy_checkpoint", "--out", str(tmp_path / "demo"))
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "demo" / "chat_template.jinja").is_file(), "the package holds its data"
 

@@ -43,6 +43,8 @@ MUTATIONS: tuple[dict[str, tuple[float | str, set[str]]], ...] = (
         "preempted_ratio": (0.03, {"M3PreemptionsHigh"}),
         "rank_skew": (0.05, {"M3RankSkewHigh"}),
         "overlap": (0.85, {"M3IndexOverlapLow"}),
+        "guard_active_for": ("1m", {"M3IndexGuardActive"}),
+        "guard_trips": (2, {"M3IndexGuardFlapping"}),
         "indexer_share": (0.15, {"M3IndexShareHigh"}),
     },
     {

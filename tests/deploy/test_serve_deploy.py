@@ -174,4 +174,4 @@ def test_the_config_of_the_charts_example_is_deployed_and_answers(head: Head, ch
     assert done.returncode == 0, done.stderr
     [service] = [one for one in yaml.safe_load_all(done.stdout) if one and one["kind"] == "RayService"]
     head.deploy(yaml.safe_load(service["spec"]["serveConfigV2"]), checkpoint)
-    assert head.complete("demo-untrained-v1")["usage"]["completion_tokens"] == 4
+    assert head.complete("m3-nano")["usage"]["completion_tokens"] == 4

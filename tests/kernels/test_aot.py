@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 import engine.kernels
-from tests.kernels.aot.checks import regressions
-from tests.kernels.aot.compile import loop_lines, unordered_atomics
+from engine.kernels.launch import SM90
+from engine.kernels.triton_moe_shared import _sum_ranks_kernel
+from tests.kernels.aot.checks import gates, regressions
+from tests.kernels.aot.compile import Resources, loop_lines, unordered_atomics
 from tests.kernels.aot.contract import violations
+from tests.kernels.aot.record import Launch
 
 ROOT = Path(__file__).parents[2]
 KERNELS = Path(engine.kernels.__file__).parent
@@ -114,6 +117,14 @@ def test_regressions() -> None:
 def test_ticket_order(code: str, warps: int, unordered: int) -> None:
     """The asm of Triton 3.9 for store; atomic_add(acq_rel) is the first one: only the wave of the atomic waits."""
     assert unordered_atomics(code.split("\n"), warps) == unordered
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_early_start_needs_a_wait(early: bool, waits: bool) -> None:
+    launch = Launch(SM90, _sum_ranks_kernel, "class", 1, None, {"launch_pdl": early}, "w4 s1")
+    found = Resources(SM90, vgprs=32, shared=0, warps=4, waves=8.0, dot_rows=0, wave_size=32, waits=waits)
+    assert ("order" in gates(launch, found)) == (early and not waits)
 
 
 def test_loop_lines() -> None:

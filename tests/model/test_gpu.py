@@ -64,6 +64,19 @@ def test_overlapped_and_padded_steps_change_nothing(model: Path) -> None:
     assert tokens(generate(model)[0]) == tokens(plain)
 
 
+def test_a_guard_that_trips_changes_to_other_graphs(model: Path) -> None:
+    """Random indexers do not agree: it trips at the second audit, with steps of the other plan in flight."""
+    guard: dict[str, object] = {"index_topk_freq": 2, "index_reuse": "audited", "audit_interval": 4}
+    guard |= {"audit_overlap_floor": 0.95, "audit_trip_after": 1, "max_tokens": 24}
+    eager, _ = generate(model, enforce_eager=True, **guard)
+    captured, llm = generate(model, **guard)
+    assert llm.stats.guard_active and llm.stats.guard_trips == 1
+    assert tokens(captured) == tokens(eager)
+    computed, reused = llm.stats.selections_computed, llm.stats.selections_reused
+    for layer, letter in enumerate(str(llm.plan)):
+        assert (layer in computed, layer in reused) == (letter in "FS", letter == "S")
+
+
 def test_a_probed_step_measures_every_sparse_layer(model: Path) -> None:
     _, llm = generate(model, probe_interval=4, index_topk_freq=3)
     sparse = [i for i, letter in enumerate(str(llm.plan)) if letter in "FS"]
@@ -71,6 +84,22 @@ def test_a_probed_step_measures_every_sparse_layer(model: Path) -> None:
     assert sorted({layer for layer, _ in llm.stats.indexer_s}) == computing
     assert sorted({layer for layer, _ in llm.stats.sparse_attention_s}) == sparse
     assert all(seconds > 0 for seconds in llm.stats.sparse_attention_s.values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, and Ray")
+@pytest.mark.parametrize("eager", [False, True])
+def test_two_ranks_give_the_tokens_of_one(model: Path, eager: bool) -> None:
+    """Greedy and free draws, from shares of the vocabulary, and draws that need whole rows."""
+    kinds = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 1}, {"temperature": 0.8, "seed": 2, "top_p": 0.9}]
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, **kind) for kind in kinds]  # type: ignore[arg-type]
+    prompts = [list(range(1 + i, 300 + i)) for i in range(len(kinds))]
+    found = {}
+    for size in (1, 2):
+        settings = {"dtype": "float32", "max_model_len": 1024, "num_pages": 64, "enforce_eager": eager}
+        with LLM(model, tensor_parallel_size=size, index_topk_freq=2, **settings) as llm:
+            found[size] = tokens(llm.generate(prompts, params))
+            assert ("all_reduce" in llm.info.kernels) == (size > 1)
+    assert found[2] == found[1]
 
 
 def test_sampling_does_not_depend_on_the_path(model: Path) -> None:

@@ -247,6 +247,19 @@ def test_slice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.out == "" and "measured_gain" in printed.err
 
 
+def test_slice_of_a_group(cluster: Cluster, tmp_path: Path) -> None:
+    """Two ranks of the size that one has otherwise: a model twice as wide, with its collectives timed."""
+    out = tmp_path / "slice.json"
+    sizes = ["--prefill-tokens", "", "--concurrency", "2", "--context-tokens", "200", "--decode-steps", "4"]
+    settings = ["--backend", "torch", "--dtype", "float32", "--set", "num_threads=1", "--set", "probe_interval=1"]
+    group = ["--tensor-parallel-size", "2", "--freqs", "4"]
+    assert cli.main(["bench", "slice", "--tiny", *sizes, *settings, *group, "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    [row], [engine] = document["rows"], document["engines"]
+    assert document["tensor_parallel_size"] == 2 and engine["kernels"]["all_reduce"] == "gloo"
+    assert 0 < row["collective_ms"] < row["tpot_ms"] * 2 and row["experts_hit"] == engine["coverage"]["2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

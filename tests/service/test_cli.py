@@ -23,7 +23,7 @@ import torch
 from engine.errors import ConfigError
 from service.cli import build_parser, main
 from service.flags import given_settings, make_settings
-from service.settings import ServiceSettings
+from service.settings import ENVIRONMENT_ONLY, ServiceSettings
 from tests.cluster import process_exists, wait_until
 
 START_TIMEOUT_S = 120.0
@@ -51,7 +51,9 @@ def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]) 
         main(["serve", "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name, field in ServiceSettings.model_fields.items():
+    assert "--api-keys" not in text and "M3SERVE_API_KEYS" in text, "a command line is no place for secrets"
+    for name in ServiceSettings.model_fields.keys() - ENVIRONMENT_ONLY:
+        field = ServiceSettings.model_fields[name]
         assert f"--{name.replace('_', '-')}" in text
         assert field.description and " ".join(field.description.split()) in text.replace("- ", "-"), name
     assert "examples:" in text
@@ -132,8 +134,8 @@ def test_a_wrong_value_is_quoted_with_its_flag() -> None:
 class Command:
     """`m3serve serve` in a session of its own, so that what it leaves behind can be found."""
 
-    def __init__(self, *flags: str) -> None:
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    def __init__(self, *flags: str, **variables: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service.cli", "serve", *ANY_PORTS, *flags],
             stdout=subprocess.PIPE,
@@ -168,8 +170,8 @@ class Command:
 def serve_command() -> Iterator[Any]:
     started: list[Command] = []
 
-    def start(*flags: str) -> Command:
-        started.append(Command(*flags))
+    def start(*flags: str, **variables: str) -> Command:
+        started.append(Command(*flags, **variables))
         return started[-1]
 
     yield start

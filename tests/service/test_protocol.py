@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from engine.errors import EngineDead, Overloaded, RequestError
 from engine.types import SamplingParams
 from service import errors, sse
 from service.boundary import check_request_id, read_body
+from service.limits import BodyBudget
 from service.protocol import (
     CompletionRequest,
     DetokenizeRequest,
@@ -248,6 +250,31 @@ def test_bodies_that_are_no_request(body: bytes, code: str) -> None:
     assert refuse(body).code == code
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"prompt":"a","stop_token_ids":[' + b'"",' * 100_000 + b"1]}", "stop_token_ids"),
+        (b'{"prompt":"a","stop":[' + b"1," * 100_000 + b"1]}", "stop"),
+        (b'{"prompt":"a","logit_bias":{' + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}}", "logit_bias"),
+        (b'{"prompt":"a",' + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}", None),
+        (b'{"prompt":[' + b"[1]," * 40_000 + b"[1]]}", "prompt"),
+        (b'{"prompt":[' + b"1," * 100_000 + b'""]}', "prompt"),
+        (b'{"prompt":"a","temperature":[' + b"[1]," * 40_000 + b"1]}", "temperature"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_large_bad_body_costs_memory_for_itself_alone(body: bytes, param: str | None) -> None:
+    tracemalloc.start()
+    try:
+        error = refuse(body)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert error.param == param and len(error.message) < 300
+    # An error for each entry takes several hundred bytes per byte of the body.
+    assert peak_bytes < 64 * len(body)
+
+
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_cleanly(body: bytes) -> None:
     refuse(body)
@@ -334,7 +361,7 @@ def test_unexpected_errors_tell_nothing() -> None:
 
 
 def test_request_ids_are_short_and_printable() -> None:
-    assert check_request_id("abc-1") == "abc-1"
+    check_request_id("abc-1")
     for bad in ("x" * 129, "a\tb", "ä"):
         with pytest.raises(RequestError, match="x-request-id"):
             check_request_id(bad)
@@ -352,7 +379,7 @@ async def _stalls() -> dict[str, Any]:
 def test_bodies_that_do_not_come(content_type: bytes, status: int) -> None:
     scope = {"type": "http", "headers": [(b"content-type", content_type)]}
     with pytest.raises(RequestError) as caught:
-        asyncio.run(read_body(scope, _stalls, max_bytes=100, timeout_s=0.05))
+        asyncio.run(read_body(scope, _stalls, max_bytes=100, budget=BodyBudget(1000), timeout_s=0.05))
     assert errors.answer(caught.value).status == status
 
 
@@ -366,11 +393,13 @@ def test_bodies_are_read_up_to_the_limit(sizes: list[int]) -> None:
         return next(queue)
 
     scope = {"type": "http", "headers": [(b"content-type", b"application/vnd.x+json; charset=utf-8")]}
+    budget = BodyBudget(150)
     if sum(sizes) <= 100:
-        assert asyncio.run(read_body(scope, receive, max_bytes=100)) == b"x" * sum(sizes)
+        assert asyncio.run(read_body(scope, receive, max_bytes=100, budget=budget)) == b"x" * sum(sizes)
     else:
         with pytest.raises(errors.BodyTooLarge):
-            asyncio.run(read_body(scope, receive, max_bytes=100))
+            asyncio.run(read_body(scope, receive, max_bytes=100, budget=budget))
+    assert budget.used == 0, "what a body took is free again"
 
 
 def test_events_are_single_lines() -> None:

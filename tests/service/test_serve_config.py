@@ -102,7 +102,7 @@ def test_there_are_files_of_the_project() -> None:
         (
             ("applications", 0, "args", "port"),
             80,
-            r"args\.port: has no effect in a Serve config; set http_options\.port",
+            r"args\.port: does not belong in a Serve config; set http_options\.port",
         ),
         (("applications", 0, "args"), {}, r"applications\[0\]\.args\.model: Field required"),
         (("applications",), [], None),

@@ -245,7 +245,10 @@ def test_failovers_are_attempts_of_one_choice(client: httpx.Client, receiver: Ot
     assert not choice.failed and choice.attributes["m3.attempts"] == len(attempts)
     assert choice.attributes["gen_ai.usage.output_tokens"] == 300
     failovers = [attributes for name, attributes in choice.events if name == "failover"]
-    assert [attributes["m3.failover.kind"] for attributes in failovers] == ["replica_lost"] * (len(attempts) - 1)
+    kinds = [attributes["m3.failover.kind"] for attributes in failovers]
+    assert len(kinds) == len(attempts) - 1
+    # After the loss a submit may meet the replica that is about to end.
+    assert kinds[0] == "replica_lost" and set(kinds[1:]) <= {"replica_lost", "not_accepted"}
     assert all(attributes["m3.failover.cause"] for attributes in failovers)
 
     assert [span.failed for span in attempts] == [True] * (len(attempts) - 1) + [False]

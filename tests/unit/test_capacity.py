@@ -189,6 +189,15 @@ def test_reuse_layers_keep_no_index_keys_in_lean_mode() -> None:
     assert audited.buffer_bytes() > lean.buffer_bytes()
 
 
+def test_a_guard_keeps_the_logits_of_a_second_set_of_graphs() -> None:
+    plain, guarded = (m3(plan=FREQ_4, audited=True, guarded=on) for on in (False, True))
+    share = plain.model.vocab_size // plain.ranks
+    logits = sum(capacity.decode_buckets(plain.max_num_seqs)) * share * 2
+    assert guarded.graph_bytes() - plain.graph_bytes() == logits
+    assert m3(guarded=True).graph_bytes() == m3().graph_bytes(), "no layer reuses"
+    assert m3(plan=FREQ_4, guarded=True, captured=False).graph_bytes() == 0
+
+
 def test_weights_of_a_rank() -> None:
     """Norms are float32 on a rank. Eight ranks hold four heads twice, and all else that is not cut eight times."""
     whole, rank = (m3(ranks=ranks, format_of=RELEASED["mxfp8"]).weights() for ranks in (1, 8))

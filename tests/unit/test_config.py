@@ -447,6 +447,8 @@ INTEGERS = {
     "max_num_batched_tokens": 1,
     "num_pages": 1,
     "audit_interval": 1,
+    "audit_trip_after": 1,
+    "audit_recover_after": 1,
     "probe_interval": 0,
     "seed": 0,
     "num_threads": 1,
@@ -458,7 +460,7 @@ CHOICES = ("backend", "dtype", "load_format", "index_reuse", "kv_cache_dtype", "
 def test_the_tables_cover_every_setting() -> None:
     others = {
         "model", "memory_fraction", "enable_prefix_caching", "enforce_eager", "async_scheduling", "hf_overrides",
-        "self_test", "numa_pinning", "weight_cache_dir",
+        "self_test", "numa_pinning", "weight_cache_dir", "audit_overlap_floor", "audit_overlap_margin",
     }  # fmt: skip
     assert {*INTEGERS, *CHOICES, *KNOBS, *others} == {field.name for field in fields(EngineConfig)}
 
@@ -505,6 +507,8 @@ def test_choices(name: str) -> None:
         ("index_topk_pattern", [5, ["F"], True]),
         ("index_plan_file", [5, ["F"], True]),
         ("weight_cache_dir", ["", 5, ["F"], True]),
+        ("audit_overlap_floor", [0, 1, 1.0, -0.5, math.nan, math.inf, True, "0.5", HUGE]),
+        ("audit_overlap_margin", [None, 1, -0.1, math.nan, math.inf, True, "0.5", HUGE]),
     ],
 )
 def test_other_settings(name: str, values: list[Any]) -> None:
@@ -516,6 +520,14 @@ def test_other_settings(name: str, values: list[Any]) -> None:
 def test_settings_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="settings says use_index_cache=false and also index_topk_freq=4"):
         EngineConfig("m", use_index_cache=False, index_topk_freq=4)
+
+
+def test_a_guard_must_be_able_to_work() -> None:
+    with pytest.raises(ConfigError, match=r"audit_overlap_floor=0\.5 needs index_reuse=audited, got lean"):
+        EngineConfig("m", audit_overlap_floor=0.5)
+    with pytest.raises(ConfigError, match=r"must be at most 1, .* got 0\.7 \+ 0\.4"):
+        EngineConfig("m", index_reuse="audited", audit_overlap_floor=0.7, audit_overlap_margin=0.4)
+    assert EngineConfig("m", index_reuse="audited", audit_overlap_floor=0.7, audit_overlap_margin=0.3)
 
 
 def test_unknown_settings_are_refused_with_the_known_ones() -> None:
@@ -544,6 +556,10 @@ def test_resolve_model_refuses_before_any_weight_is_read(tmp_path: Path) -> None
         ({"index_topk_pattern": "FS"}, "index_topk_pattern needs 3 letters"),
         ({"index_topk_pattern": "SFF"}, "first sparse layer"),
         ({"hf_overrides": {"index_topk_frq": 4}}, "hf_overrides: unknown key 'index_topk_frq'; did you mean"),
+        (
+            {"index_reuse": "audited", "audit_overlap_floor": 0.0625},
+            r"audit_overlap_floor=0.0625 would never be reached: 0 \+ 1 of 16 selected blocks .* at least 0.0625",
+        ),
         ({"max_model_len": 1048577}, "max_model_len=1048577 exceeds .* max_position_embeddings=1048576"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -166,6 +166,7 @@ def test_the_index_cache_is_known_in_few_places() -> None:
         ("service.ingress", ("torch", "transformers")),
         ("engine.engine", ("torch", "ray", "zmq", "msgspec", "fastapi", "prometheus_client")),
         ("engine.llm", ("ray", "zmq", "msgspec", "fastapi", "prometheus_client")),
+        ("service.evaluation.__main__", ("torch", "ray", "zmq", "msgspec", "fastapi", "pydantic", "httpx")),
     ],
 )
 def test_process_loads_no_more_than_it_needs(module: str, absent: tuple[str, ...]) -> None:

@@ -407,12 +407,24 @@ def test_logprobs_of_a_row_do_not_depend_on_the_batch() -> None:
 
 
 def test_free_draws_are_those_that_a_captured_step_can_make() -> None:
-    """Temperature and noise key per row, or nothing as soon as one row's choice is shaped by more."""
-    greedy, free = request(0, temperature=0.0, top_p=0.5), request(1, temperature=0.7, seed=9)
-    state = state_of(50, greedy, free)
-    assert state.free_draws([1, 0], [7, 8]) == ([0.7, 0.0], [noise_key(9, 7), 0])
-    for shaped in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}):
-        assert state_of(50, request(0, **shaped)).free_draws([0], [5]) is None
+    """Temperature and noise key per row; rows that are shaped by more are named, with numbers that draw nothing."""
+    requests = [
+        request(0, temperature=0.0, top_p=0.5),
+        request(1, temperature=0.7, seed=9),
+        *(
+            request(2 + i, **shaped)
+            for i, shaped in enumerate(
+                [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}]
+            )
+        ),
+    ]
+    state = state_of(50, *requests)
+    assert state.free_draws([1, 0], [7, 8]) == ([0.7, 0.0], [noise_key(9, 7), 0], [])
+    assert state.free_draws([2, 1, 3, 4, 0, 5, 6], [7] * 7) == (
+        [0.0, 0.7, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [0, noise_key(9, 7), 0, 0, 0, 0, 0],
+        [0, 2, 3, 5, 6],
+    )
     waiting = state_of(50, request(0, min_tokens=2))
-    assert waiting.free_draws([0], [4]) is None  # the second output token: a stop token is masked
-    assert waiting.free_draws([0], [5]) is not None
+    assert waiting.free_draws([0], [4])[2] == [0]  # the second output token: a stop token is masked
+    assert waiting.free_draws([0], [5])[2] == []

@@ -14,7 +14,7 @@ from service.metrics import CATALOG, Histogram
 
 UNITS = {
     *("seconds", "tokens", "requests", "responses", "messages", "replicas", "processes", "pages", "bytes", "steps"),
-    *("calls", "selections", "pairs", "ratio", "constant 1"),
+    *("calls", "selections", "pairs", "ratio", "constant 1", "0 or 1", "trips"),
 }
 
 

@@ -19,7 +19,7 @@ CANDIDATES = {
     "route": ("aiter.topk_gating", "aiter.biased_grouped_topk"),
     "experts": ("aiter.fused_moe.fused_moe",),
     "norms": ("aiter.ops.fused_qk_rmsnorm_group_quant.fused_qk_rmsnorm_group_quant",),
-    "collectives": ("aiter.dist.communication_op.tensor_model_parallel_fused_allreduce_rmsnorm",),
+    "all_reduce": ("aiter.dist.communication_op.tensor_model_parallel_fused_allreduce_rmsnorm",),
 }
 
 

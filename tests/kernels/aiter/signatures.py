@@ -85,6 +85,10 @@ def _read(directory: Path, path: str) -> str | None:
     if not file.exists():
         return None
     for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            node = next(each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
+            del node.args.args[0]
+            name = node.name
         if isinstance(node, ast.FunctionDef) and node.name == name:
             for argument in ast.walk(node.args):
                 if isinstance(argument, ast.arg):

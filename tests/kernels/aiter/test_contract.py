@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, collectives
 from engine.config import EngineConfig, resolve_model
 from engine.errors import ConfigError
 from engine.kernels import aiter, api
@@ -52,9 +53,41 @@ def test_what_each_state_of_aiter_gives() -> None:
     assert wheel["qk_norm_rope_insert"] == "triton (AITER has no fused_qknorm_idxrqknorm)"
     assert wheel["attend_sparse"] == "triton (AITER has no pa_decode_gluon)"
     for report in (wheel, head):
-        left = {operation: how for operation, how in report.items() if operation not in TAKEN}
+        left = {operation: how for operation, how in report.items() if operation not in (*TAKEN, "all_reduce")}
         assert left.keys() == aiter.LEFT_TO_TRITON.keys()
         assert all(how.startswith("triton (") for how in left.values())
+
+
+def test_the_custom_all_reduce_of_each_state() -> None:
+    """In the wheel and in later sources it takes what it is given by name."""
+    for name in ("wheel", "03644e50"):
+        kernels, _ = bound(load()[name])
+        assert kernels.report["all_reduce"] == "aiter" and kernels.custom_reduce is not None
+    kernels, _ = bound(HEAD)
+    assert kernels.report["all_reduce"] == "torch.distributed (AITER has no CustomAllreduce)"
+    assert kernels.custom_reduce is None
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sums_by_it(group_of_one: None) -> None:
+    """It takes what it can sum, leaves its input alone, and the norm behind it is the backend's."""
+    kernels, library = bound(load()["wheel"])
+    found, reason = collectives.custom_reduce(kernels, max_bytes=4 * 64)
+    assert found is not None and reason == ""
+    assert library.calls == [(f"{aiter.REDUCE.module}.{aiter.REDUCE.name}", frozenset(aiter.REDUCE.keywords))]
+    x, residual, gain = torch.randn(2, 32), torch.randn(2, 32), torch.rand(32)
+    assert found.takes(x) and found.sample is None
+    assert not found.takes(torch.zeros(3, 32)) and not found.takes(torch.zeros(2, 3)) and not found.takes(x.T)
+    assert torch.equal(found.all_reduce(x), x) and found.all_reduce(x) is not x
+    normed, total = found.add_rms_norm(x, residual, gain, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, kernels.rms_norm(total, gain, 1e-6))
 
 
 @pytest.mark.parametrize("operation", TAKEN)

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from engine.kernels import triton_pages, triton_set
 from engine.kernels.api import KernelSet
 from engine.kernels.batch import Segment, StepBatch
+from engine.kernels.exchange import Exchange, VocabShare
 from engine.kernels.params import (
     BlockUnions,
     KVPages,
@@ -298,6 +299,30 @@ def decode_operations(kernels: KernelSet, rank: Rank, batch: StepBatch) -> Itera
     yield "sample", lambda: decode.sample(logits, temperatures, keys, out, last_tokens, slots)
 
 
+def group_operations(kernels: KernelSet, rank: Rank, batch: StepBatch) -> Iterator[Operation]:
+    """What one of four ranks runs in a captured step to add up hidden states and to sample from its share."""
+    if kernels.decode is None or batch.num_tokens != len(batch.seq_lens_host):
+        return
+    size, number, rows = 4, 1, batch.num_tokens
+
+    def exchange(width: int) -> Exchange:
+        counters = meta(MAX_ROWS, dtype=torch.int32)
+        return Exchange(number, size, MAX_ROWS, width, meta(size, dtype=torch.int64), counters)
+
+    of_sample = None
+    if kernels.exchange is not None:
+        x, gain = meta(rows, rank.hidden, dtype=rank.dtype), meta(rank.hidden, dtype=torch.float32)
+        sums, reduce = exchange(rank.hidden * rank.dtype.itemsize // 4), kernels.exchange
+        of_sample = exchange(reduce.sample_width(rank.vocab))
+        yield "all_reduce", lambda: reduce.all_reduce(x, sums)
+        yield "all_reduce_norm", lambda: reduce.all_reduce_add_rms_norm(x, torch.empty_like(x), gain, 1e-6, sums)
+    share = VocabShare(number, size, rank.vocab, lambda found: found.new_empty(size, *found.shape), of_sample)
+    keys, out, slots = (meta(MAX_ROWS, dtype=torch.int64)[:rows] for _ in range(3))
+    temperatures, last_tokens = meta(MAX_ROWS, dtype=torch.float32)[:rows], meta(MAX_ROWS, dtype=torch.int64)
+    logits, sample = meta(rows, rank.vocab, dtype=rank.dtype), kernels.decode.sample
+    yield "sample_share", lambda: sample(logits, temperatures, keys, out, last_tokens, slots, share)
+
+
 def record(arch: str, everything: bool) -> Recording:
     """Run every operation in every class of shapes."""
     recorder = Recorder(arch)
@@ -315,7 +340,7 @@ def drive(kernels: KernelSet, recorder: Recorder, classes: Classes) -> dict[str,
     for rank, steps in classes:
         for step in steps:
             batch = make_batch(step)
-            for make in (layer_operations, attention_operations, decode_operations):
+            for make in (layer_operations, attention_operations, decode_operations, group_operations):
                 for name, run in make(kernels, rank, batch):
                     if rank.only and name not in rank.only:
                         continue

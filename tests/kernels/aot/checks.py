@@ -63,6 +63,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption("loads", "topk.select_prefill", "reads whole sectors of several tokens: one score of each per thread"),
     Exemption("loads", "decode._merge_kernel", "two splits of 128 floats are 8 bytes per thread", arch="gfx*"),
     Exemption("loads", "sample._chunk_kernel", "a chunk of bf16 logits is 8 bytes per thread", arch="gfx*"),
+    Exemption("loads", "sample._merge_kernel", _LATENCY, shape_class="*/sample_share/*"),
     Exemption("spills", "dense._dense_kernel", "held to 128 registers: two programs fit", arch="sm_90"),
     Exemption("spills", "topk.select_*", "8 bytes: two of a row's scalars", arch="sm_90"),
     Exemption("waves", "moe_few._one_down_kernel", _UNROLLED, arch="gfx*"),
@@ -97,6 +98,8 @@ def gates(launch: Launch, found: Resources) -> dict[str, str]:
         wrong["loads"] = f"{found.narrow} loads of 2 bytes or less in a loop: misaligned, or a stride that hides it"
     elif found.loads and not found.wide:
         wrong["loads"] = f"{found.loads} loads and none of 16 bytes"
+    if launch.options.get("launch_pdl") and found.arch == SM90 and not found.waits:
+        wrong["order"] = "starts before the kernel ahead of it has ended, and never waits for it"
     if found.unordered:
         wrong["atomics"] = f"{found.unordered} atomics that other waves' stores may still be behind of"
     return wrong

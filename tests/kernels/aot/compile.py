@@ -31,7 +31,8 @@ class Resources:
     kind, the non-zero ones.  dot_rows: most rows of a tl.dot, 0: it has none.  waves: that one SIMD of a compute unit
     (a quarter of a multiprocessor) holds at once.  matrix: matrix instructions by name.  wide, narrow: loads of 16
     bytes and of at most 2, narrow only inside loops.  barriers, shuffles: inside loops (all of them on NVIDIA).
-    unordered: ticket atomics that some wave's stores may still be behind of.  seconds: of CPU time to compile it.
+    unordered: ticket atomics that some wave's stores may still be behind of.  waits: for the kernel before it has ended
+    (NVIDIA).  seconds: of CPU time to compile it.
     """
 
     arch: str
@@ -50,6 +51,7 @@ class Resources:
     code_bytes: int = 0
     wave_size: int = 0
     unordered: int = 0
+    waits: bool = False
     seconds: float = 0.0
 
 
@@ -170,6 +172,7 @@ def _read_nvidia(ptx: str, cubin: bytes, shared: int, warps: int, dot_rows: int)
         barriers=len(re.findall(r"\bbar\.sync", ptx)),
         shuffles=len(re.findall(r"\bshfl\.sync", ptx)),
         wave_size=32,
+        waits="griddepcontrol.wait" in ptx,
     )
 
 

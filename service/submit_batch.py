@@ -1,0 +1,70 @@
+"""One submit on its way, and the replica's account of it compared with what arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from service.messages import Ended, SubmitReply
+from service.token_stream import TokenStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SubmitBatch:
+    """Requests that left together.
+
+    attempt_ids: of its requests.  sent_s: time.monotonic().  on_its_way: done when a replica has it, or none will.
+    call: open until all its requests have ended.  epoch, replica_id: of the replica that accepted it; None: none did
+    yet.  num_delivered: tokens of the attempts whose last event came.
+    """
+
+    submit_id: int
+    attempt_ids: list[str]
+    sent_s: float
+    on_its_way: asyncio.Future[None]
+    call: asyncio.Task[None] | None = None
+    epoch: int | None = None
+    replica_id: str | None = None
+    num_delivered: dict[str, int] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let the next submit leave."""
+        if not self.on_its_way.done():
+            self.on_its_way.set_result(None)
+
+    def open_streams(self, streams: Mapping[str, TokenStream]) -> dict[str, TokenStream]:
+        """Those of its attempts that have not ended, by their ids."""
+        return {name: streams[name] for name in self.attempt_ids if name in streams}
+
+    def cancel(self) -> None:
+        """Give the call up, wherever it is."""
+        if self.call is not None:
+            self.call.cancel()
+
+    def num_mismatches(self, reply: SubmitReply) -> int:
+        """How many attempts ended for their readers with another number of tokens than the replica counted.
+
+        It comes too late for them: a gap that can be filled shows earlier, in the index of an event.
+        """
+        accounts = {ended.request_id: ended for ended in reply.ended}
+        wrong = 0
+        for name, num_tokens in self.num_delivered.items():
+            account = accounts.get(name)
+            if account is None or account.num_output_tokens != num_tokens:
+                log.error("attempt %s: %d tokens were delivered, the replica says %s", name, num_tokens, account)
+                wrong += 1
+        return wrong
+
+
+def describe_gap(stream: TokenStream, account: Ended | None) -> str:
+    """Why a stream goes on though its replica is done with it."""
+    if account is None:
+        return "the replica did not account for the request"
+    return (
+        f"the replica ended the request ({account.finish_reason}) after {account.num_output_tokens} tokens, "
+        f"{len(stream.token_ids)} arrived"
+    )
