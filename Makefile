@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve monitor test faults lint format generate tools bench aot clean
+.PHONY: help serve monitor test faults fuzz lint format generate tools bench aot clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ test: $(INSTALLED) tools ## run all tests
 
 faults: $(INSTALLED) ## kill and stop every kind of process under load, in rounds; prints a table (about 10 min)
 	$(BIN)/python -m tests.faults
+
+fuzz: $(INSTALLED) ## hostile input for about SECONDS (600), guided by coverage where atheris is installed
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),600)
 
 tools: $(INSTALLED) ## fetch helm, prometheus and hadolint into .tools where PATH has none
 	$(BIN)/python -m deploy.tools fetch

@@ -133,7 +133,8 @@ class CompletionRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._merge.close()
-        failed = self._failed or isinstance(error, Exception)
+        # A deadline is the client's wish, or the operator's: its end is an abort.
+        failed = self._failed or (isinstance(error, Exception) and not isinstance(error, DeadlineExceeded))
         if self._choice_traces:
             code = answer(error).code if isinstance(error, Exception) else self._failure_code
             for choice in self._choices:
@@ -173,7 +174,7 @@ class CompletionRun:
                 self._news = await self._advance()
             last = self._chunks() + self._usage_chunk()
         except Exception as error:  # the status line is out: the error travels in the stream
-            self._failed = True
+            self._failed = not isinstance(error, DeadlineExceeded)
             self._news = []
             refusal = report(error, self._head.id)
             self._failure_code = refusal.code

@@ -19,10 +19,10 @@ from service.metrics import Histogram
 # A busy engine publishes this often, an idle one at once.
 PUBLISH_PERIOD_S = 0.5
 COMPLETIONS_ROUTE = "/v1/completions"
-COMMON_STATUSES = ("200", "400", "404", "429", "500", "503")
+COMMON_STATUSES = ("200", "400", "404", "408", "429", "500", "503")
 COMMON_REFUSALS = (
     *("engine_overloaded", "engine_unavailable", "internal_error", "generation_failed"),
-    *("context_length_exceeded", "invalid_value", "invalid_type", "model_not_found"),
+    *("context_length_exceeded", "invalid_value", "invalid_type", "model_not_found", "deadline_exceeded"),
 )
 
 

@@ -339,8 +339,8 @@ def _failover() -> tuple[Panel, ...]:
         Panel(
             Kind.TIME_SERIES,
             "Submits sent again",
-            "Submits that no replica accepted: they met one that was about to end, or stood still. A few around a death "
-            "are normal.",
+            "Submits that no replica accepted: they met one that was about to end, or stood still. A few around a "
+            "death are normal.",
             "none",
             (Query(increase("m3_submits_not_accepted_total", "", WINDOW, *MODEL), "not accepted"),),
         ),

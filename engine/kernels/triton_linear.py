@@ -98,7 +98,7 @@ def row_products(
         CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
         tiles = ()
         for chunk in tl.static_range(CHUNKS):
-            tiles += (weight_tile(weight, rows, chunk * BLOCK_K + tl.arange(0, BLOCK_K), K, EVEN_K, UPCAST),)
+            tiles += (weight_tile(weight, rows, chunk * BLOCK_K + tl.arange(0, BLOCK_K), K, EVEN_K, UPCAST),)  # type: ignore[assignment]
         follow(OVERLAP)
         for chunk in tl.static_range(CHUNKS):
             columns = chunk * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -94,8 +94,8 @@ def _one_down_kernel(
     acc = no_products(BLOCK_N, BLOCK_K, FORMAT)
     experts, shares = (), ()
     for rank in tl.static_range(RANKS):
-        experts += (tl.load(ids + rank).to(tl.int64),)
-        shares += (tl.load(weights + rank),)
+        experts += (tl.load(ids + rank).to(tl.int64),)  # type: ignore[assignment]
+        shares += (tl.load(weights + rank),)  # type: ignore[assignment]
     for rank in tl.static_range(RANKS):
         base, base_scales = from_row(w2, scales, experts[rank] * N + start, K, FORMAT)
         acc = row_products(

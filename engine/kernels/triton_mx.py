@@ -169,8 +169,8 @@ def mx_row_products(
                 tl.reshape(scales_at, [ROWS * EIGHTS]), mask=tl.reshape(present, [ROWS * EIGHTS]), other=0
             )
             exponents = tl.reshape(exponents, [ROWS, EIGHTS])
-        tiles += (codes,)
-        all_exponents += (exponents,)
+        tiles += (codes,)  # type: ignore[assignment]
+        all_exponents += (exponents,)  # type: ignore[assignment]
     follow(OVERLAP)
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * BLOCK_K + column

@@ -15,11 +15,13 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
+from service.ingress import app
 from service.openapi import ROUTES, Route, openapi_document
 from service.settings import ServiceSettings
 from tests.cluster import LOOPBACK, Cluster, wait_until
@@ -49,6 +51,14 @@ def url(cluster: Cluster, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     with cluster.service(service) as base:
         wait_until(lambda: httpx.get(f"{base}/ready").status_code == 200, timeout_s=30, what="readiness")
         yield base
+
+
+def test_the_document_has_every_route() -> None:
+    # Serve puts the routes of the class into a router of its own.
+    below = [route for outer in app.routes for route in getattr(outer, "original_router", app).routes]
+    routes = [route for route in below if isinstance(route, APIRoute)]
+    handled = {(method.lower(), route.path.replace(":path}", "}")) for route in routes for method in route.methods}
+    assert handled == {(route.method, route.path) for route in ROUTES} | {("get", "/openapi.json")}
 
 
 def test_the_service_gives_this_document_with_a_key(url: str) -> None:

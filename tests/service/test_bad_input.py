@@ -172,6 +172,22 @@ def test_prompts_longer_than_the_context(url: str) -> None:
     assert post(url, {"prompt": [5] * 2040, "max_tokens": 1}).status_code == 200
 
 
+def test_what_is_long_is_refused_before_it_costs_anything(url: str) -> None:
+    error = refused(post(url, {"prompt": [5] * 500_000, "echo": True, "max_tokens": 0}))
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    error = refused(post(url, {"tokens": [5] * 2049}, "/detokenize"))
+    assert error["param"] == "tokens" and "2049" in error["message"] and "2048" in error["message"]
+    assert post(url, {"tokens": [5] * 2048}, "/detokenize").status_code == 200
+    error = refused(post(url, {"prompt": ["a"] * 5000}))
+    assert error["param"] == "prompt" and "5000" in error["message"]
+
+
+def test_routes_do_not_redirect(url: str) -> None:
+    """The target would be made from the Host header."""
+    answered = httpx.post(f"{url}/v1/completions/", json={"prompt": "a"}, headers={"host": "evil.example.com"})
+    assert refused(answered, 404)["code"] == "unknown_route" and "location" not in answered.headers
+
+
 def test_one_bad_prompt_refuses_the_whole_request(url: str) -> None:
     error = refused(post(url, {"prompt": [[1, 2, 3], [5] * 3000], "max_tokens": 4}))
     assert error["code"] == "context_length_exceeded"

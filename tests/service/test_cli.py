@@ -117,6 +117,22 @@ def test_wrong_checkpoints_end_the_command_before_anything_starts(
     assert "tokenizer.json" in fails(capsys, "--model", str(tmp_path))
 
 
+def test_an_open_service_is_said_to_be_open(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ("--model", str(checkpoint), "--backend", "cuda")
+    assert "no API key is needed: whoever reaches 0.0.0.0" in fails(capsys, *wrong, "--host", "0.0.0.0")
+    assert "no API key" not in fails(capsys, *wrong)
+    keys = tmp_path / "keys"
+    assert f"api_key_file {keys} cannot be read" in fails(capsys, *wrong, "--api-key-file", str(keys))
+    keys.write_text("0123456789abcdef")
+    said = fails(capsys, *wrong, "--host", "0.0.0.0", "--api-key-file", str(keys))
+    assert "no API key" not in said and "backend" in said
+    monkeypatch.setenv("M3SERVE_API_KEYS", "a secret that is no key")
+    said = fails(capsys, *wrong)
+    assert "M3SERVE_API_KEYS: entry 1 is no key" in said and "secret" not in said
+
+
 def test_ports_in_use_are_named(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as owner:
         port = str(owner.getsockname()[1])
