@@ -32,7 +32,7 @@ from service.boundary import Boundary, Policy, read_body
 from service.completion import TokenizedPrompt
 from service.errors import NotFound, answer
 from service.generation import CompletionRun
-from service.limits import MAX_BODIES_IN_FLIGHT, BodyBudget, check_request_tokens
+from service.limits import MAX_BODIES_IN_FLIGHT, BodyBudget, check_prompt_logprobs, check_request_tokens
 from service.openapi import openapi_document
 from service.protocol import (
     Completion,
@@ -42,12 +42,11 @@ from service.protocol import (
     ModelCard,
     ModelList,
     Prompt,
-    RequestBody,
     Tokenized,
     TokenizeRequest,
-    check_entries,
     check_token_ids,
 )
+from service.request_body import RequestBody, check_entries
 from service.settings import ServiceSettings
 from service.sse import EventStream
 from service.stream import EngineClient
@@ -191,9 +190,14 @@ class Ingress:
         trace = request.state.trace
         with nullcontext() if trace is None else trace.part("tokenize"):
             prompts = await self._tokenize(body.prompt, info, add_special_tokens=body.add_special_tokens)
-            self._check_lengths(prompts, body.num_choices_per_prompt, info)
+            num_tokens = self._check_lengths(prompts, body.num_choices_per_prompt, info)
+            check_prompt_logprobs(
+                num_tokens,
+                body.num_choices_per_prompt,
+                sampling.prompt_logprobs,
+                param="logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
+            )
             if body.echo:
-                num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
                 await self._beside(num_tokens > INLINE_ENCODE_CHARS, lambda: [prompt.echo for prompt in prompts])
         head = self._head("cmpl", info)
         requests = _engine_requests(head.id, prompts, sampling, body.num_choices_per_prompt)
@@ -262,11 +266,13 @@ class Ingress:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
 
-    def _check_lengths(self, prompts: list[TokenizedPrompt], num_per_prompt: int, info: EngineInfo) -> None:
-        """The engine checks too; here, what is refused costs nothing more."""
+    def _check_lengths(self, prompts: list[TokenizedPrompt], num_per_prompt: int, info: EngineInfo) -> int:
+        """Their tokens, each prompt once. The engine checks too; here, what is refused costs nothing more."""
         for prompt in prompts:
             check_prompt_len(len(prompt.token_ids), info.max_model_len)
-        check_request_tokens(sum(len(prompt.token_ids) for prompt in prompts), num_per_prompt)
+        num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        check_request_tokens(num_tokens, num_per_prompt)
+        return num_tokens
 
     def _check_model(self, name: str | None) -> None:
         served = self._settings.model_name

@@ -15,6 +15,8 @@ MAX_PROMPTS = 4096
 # Prompt tokens over all choices of one HTTP request. They travel to the engine as one message, each choice with its own
 # copy: 4 Mi take 12 to 20 MB.
 MAX_REQUEST_TOKENS = 4 * 2**20
+# Log-probabilities of prompt tokens in one answer: each takes about 50 bytes of JSON, and is made on the event loop.
+MAX_PROMPT_LOGPROBS = 2**20
 # Of all bodies that are being read at the same time, in bodies of the largest size.
 MAX_BODIES_IN_FLIGHT = 8
 
@@ -66,6 +68,22 @@ def check_request_tokens(num_tokens: int, num_choices_per_prompt: int) -> None:
             f"prompts of {num_tokens} tokens times n={num_choices_per_prompt} are {total} tokens, "
             f"at most {MAX_REQUEST_TOKENS} are allowed in one request",
             param="n" if num_tokens <= MAX_REQUEST_TOKENS else "prompt",
+        )
+
+
+def check_prompt_logprobs(num_tokens: int, num_choices_per_prompt: int, per_token: int | None, *, param: str) -> None:
+    """RequestError when an answer would hold too many. per_token: the best ones asked for; None: not asked for.
+
+    param: the field that asked.
+    """
+    if per_token is None:
+        return
+    total = num_tokens * num_choices_per_prompt * (per_token + 1)
+    if total > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"{param}={per_token} of prompts of {num_tokens} tokens times n={num_choices_per_prompt} are {total} "
+            f"log-probabilities, at most {MAX_PROMPT_LOGPROBS} are allowed in one answer",
+            param=param,
         )
 
 

@@ -13,7 +13,7 @@ from tests.faults.ledger import Ledger
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="how often each fault strikes (default 2)")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each fault strikes (default 1)")
     parser.add_argument("--report", type=Path, default=Path("faults.json"), help="where the table goes as JSON")
     parser.add_argument("--only", default="", help="a pytest -k expression")
     arguments = parser.parse_args()

@@ -31,7 +31,8 @@ from service.boundary import Boundary, Policy, read_body
 from service.errors import answer
 from service.limits import BodyBudget, read_timeout
 from service.messages import Abort, Accepted, StepEvents, Submit, SubmitReply
-from service.protocol import CompletionRequest, DetokenizeRequest, RequestBody, TokenizeRequest, check_token_ids
+from service.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest, check_token_ids
+from service.request_body import RequestBody
 from tests.checkpoints import make_checkpoint
 
 MAX_ANSWER_BYTES = 8000

@@ -19,7 +19,13 @@ from starlette.datastructures import Headers
 from engine.errors import ConfigError, RequestError
 from service.auth import CHECK_PERIOD_S, ApiKeys
 from service.errors import Unauthorized, answer
-from service.limits import MAX_REQUEST_TOKENS, check_request_tokens, read_timeout
+from service.limits import (
+    MAX_PROMPT_LOGPROBS,
+    MAX_REQUEST_TOKENS,
+    check_prompt_logprobs,
+    check_request_tokens,
+    read_timeout,
+)
 from service.settings import ServiceSettings
 from tests.cluster import Cluster, wait_until
 
@@ -194,13 +200,32 @@ def test_pages_of_a_listed_origin_may_use_the_api(url: str) -> None:
 LONG = {"model": MODEL, "prompt": "a", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
 
 
-def running(cluster: Cluster) -> float:
+def series(cluster: Cluster, prefix: str, *, having: str = "") -> float:
+    """The sum of the series that begin with `prefix` and have that label, of this module's model."""
     lines = httpx.get(cluster.metrics_url).text.splitlines()
-    name = "m3_num_requests_running{"
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and f'="{MODEL}"' in line)
+    ours = [line for line in lines if line.startswith(prefix) and f'="{MODEL}"' in line and having in line]
+    assert ours or prefix == ABORTS, prefix
+    return sum(float(line.rpartition(" ")[2]) for line in ours)
+
+
+ABORTS = 'm3_request_success_total{finished_reason="abort"'
+
+
+def wait_for_abort(cluster: Cluster, number: float) -> None:
+    """Until the engine has ended that many requests, and holds no page of one."""
+    wait_until(
+        lambda: (
+            series(cluster, ABORTS) == number
+            and series(cluster, "m3_num_requests_running") == 0
+            and series(cluster, "m3_kv_pages", having='state="held"') == 0
+        ),
+        timeout_s=10,
+        what="the end of the request in the engine",
+    )
 
 
 def test_a_deadline_before_the_answer_is_a_timeout_error(cluster: Cluster, url: str) -> None:
+    before = series(cluster, ABORTS)
     with (
         client(url, FILE_KEY, default_headers={"x-request-timeout-seconds": "1.5"}) as made,
         pytest.raises(openai.APIStatusError) as caught,
@@ -208,10 +233,11 @@ def test_a_deadline_before_the_answer_is_a_timeout_error(cluster: Cluster, url: 
         made.completions.create(**LONG)
     assert caught.value.status_code == 408
     assert (caught.value.code, caught.value.type) == ("deadline_exceeded", "timeout_error")
-    wait_until(lambda: running(cluster) == 0, timeout_s=10, what="the end of the request in the engine")
+    wait_for_abort(cluster, before + 1)
 
 
 def test_a_deadline_in_a_stream_is_an_error_event(cluster: Cluster, url: str) -> None:
+    before = series(cluster, ABORTS)
     headers = {"x-request-timeout-seconds": "2", **bearer(FILE_KEY)}
     body = {"model": MODEL, "prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     answered = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=TIMEOUT_S)
@@ -219,7 +245,7 @@ def test_a_deadline_in_a_stream_is_an_error_event(cluster: Cluster, url: str) ->
     assert answered.status_code == 200 and (done, rest) == ("data: [DONE]", "") and chunks
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
     assert all("choices" in json.loads(chunk.removeprefix("data: ")) for chunk in chunks)
-    wait_until(lambda: running(cluster) == 0, timeout_s=10, what="the end of the request in the engine")
+    wait_for_abort(cluster, before + 1)
     with (
         client(url, FILE_KEY, default_headers={"x-request-timeout-seconds": "2"}) as made,
         pytest.raises(openai.APIError, match="longer than it may"),
@@ -332,6 +358,14 @@ def test_prompts_of_one_request_are_bounded_together() -> None:
         with pytest.raises(RequestError) as caught:
             check_request_tokens(num_tokens, n)
         assert caught.value.param == param and answer(caught.value).status == 400
+
+
+def test_log_probabilities_of_prompts_are_bounded() -> None:
+    check_prompt_logprobs(10**9, 100, None, param="logprobs")
+    check_prompt_logprobs(MAX_PROMPT_LOGPROBS // 6, 2, 2, param="logprobs")
+    with pytest.raises(RequestError, match="prompt_logprobs=20 of prompts of 131071 tokens") as caught:
+        check_prompt_logprobs(131071, 1, 20, param="prompt_logprobs")
+    assert caught.value.param == "prompt_logprobs"
 
 
 @pytest.mark.parametrize("origin", ["app.example.com", "https://a.example/", "https://a.example/x", "null", "https://"])

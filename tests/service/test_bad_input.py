@@ -178,6 +178,8 @@ def test_what_is_long_is_refused_before_it_costs_anything(url: str) -> None:
     error = refused(post(url, {"tokens": [5] * 2049}, "/detokenize"))
     assert error["param"] == "tokens" and "2049" in error["message"] and "2048" in error["message"]
     assert post(url, {"tokens": [5] * 2048}, "/detokenize").status_code == 200
+    error = refused(post(url, {"prompt": [[5] * 2000] * 16, "n": 2, "echo": True, "logprobs": 20, "max_tokens": 1}))
+    assert error["param"] == "logprobs" and "1048576" in error["message"]
     error = refused(post(url, {"prompt": ["a"] * 5000}))
     assert error["param"] == "prompt" and "5000" in error["message"]
 
