@@ -23,7 +23,7 @@ MAX_BODIES_IN_FLIGHT = 8
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.5, 86400.0
 # Ray Serve reads the same header and cuts the connection at that time: our answer has to be out before.
-_EARLY_SHARE, _MIN_EARLY_S, _MAX_EARLY_S = 0.1, 0.1, 1.0
+_EARLY_SHARE, _MAX_EARLY_S = 0.2, 1.0
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 # Ray Serve's too: it would let a request run on after its client has left.
 _DISCONNECT_HEADER = "x-request-disconnect-disabled"
@@ -32,8 +32,8 @@ _DISCONNECT_HEADER = "x-request-disconnect-disabled"
 def read_timeout(headers: Headers, limit_s: float | None) -> float | None:
     """Seconds until a request must be answered, None: no limit. Raises RequestError for a header that is not taken.
 
-    The header asks for less than `limit_s`, which is for all requests. What it asks for is shortened by a tenth, by 0.1
-    to 1 s, so that the answer is there in time.
+    The header asks for less than `limit_s`, which is for all requests. What it asks for is shortened by a fifth, by a
+    second at most, so that the answer is there in time.
     """
     given = headers.getlist(TIMEOUT_HEADER)
     if not given:
@@ -47,7 +47,7 @@ def read_timeout(headers: Headers, limit_s: float | None) -> float | None:
             f"{TIMEOUT_HEADER} must be a decimal number in [{MIN_TIMEOUT_S:g}, {highest_s:g}], got {shown}",
             param=TIMEOUT_HEADER,
         )
-    return seconds - min(max(seconds * _EARLY_SHARE, _MIN_EARLY_S), _MAX_EARLY_S)
+    return seconds - min(seconds * _EARLY_SHARE, _MAX_EARLY_S)
 
 
 def check_disconnect(headers: Headers) -> None:

@@ -102,9 +102,10 @@ def storage(weight: Packed, config: LaunchConfig | None = None) -> dict[str, str
         return {"FORMAT": "plain", "DECODE": ""}
     decoding = weight.decoding
     if decoding == "asm":
-        # In the layout of wgmma a thread has two neighbouring columns of a row, in the other ones at least four.
+        # In the layout of wgmma, which mxfp4 keeps off (configs_mx.py), a thread has two neighbouring columns of a row,
+        # in the other ones at least four.
         wgmma = config is not None and config.num_warps % 4 == 0 and config.tiles.get("SPLIT", 1) == 1
-        decoding = "asm2" if wgmma else "asm4"
+        decoding = "asm2" if wgmma and weight.format == "mxfp8" else "asm4"
     return {"FORMAT": weight.format, "DECODE": decoding}
 
 

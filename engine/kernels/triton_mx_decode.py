@@ -31,12 +31,6 @@ _E4M3_BY_4 = tl.constexpr(
     + _PTX_E4M3.format(codes="$2", bytes=_SECOND, out="$1", scale="$5")
     + "}"
 )
-_E2M1_BY_2 = tl.constexpr(
-    "{ .reg .b32 p, w, l; cvt.u32.u16 w, $2; shl.b32 l, w, 4;"
-    + _PTX_E2M1.format(codes="l", bytes=_FIRST, out="$0", scale="$3")
-    + _PTX_E2M1.format(codes="w", bytes=_FIRST, out="$1", scale="$3")
-    + "}"
-)
 _E2M1_BY_4 = tl.constexpr(
     "{ .reg .b32 p, l; shl.b32 l, $4, 4;"
     + _PTX_E2M1.format(codes="l", bytes=_FIRST, out="$0", scale="$5")
@@ -124,12 +118,7 @@ def e4m3_tile(codes, scale, DECODE: tl.constexpr, FLOAT: tl.constexpr):
 def e2m1_tiles(codes, scale, DECODE: tl.constexpr, FLOAT: tl.constexpr):
     """As e4m3_tile, of the codes in the low and in the high bits: two tiles [rows, bytes]."""
     WIDTH: tl.constexpr = codes.shape[-1] // scale.shape[-1]
-    if DECODE == "asm2":
-        spread = _spread(scale.to(tl.int32) * 0x00800080, WIDTH)
-        return tl.inline_asm_elementwise(
-            _E2M1_BY_2, "=r,=r,h,r,r", [codes, spread], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-    elif DECODE == "asm4":
+    if DECODE == "asm4":
         spread = _spread(scale.to(tl.int32) * 0x00800080, WIDTH)
         if FLOAT:
             return tl.inline_asm_elementwise(

@@ -37,6 +37,14 @@ def hit_replica(number: signal.Signals) -> Fault:
     return fault
 
 
+async def kill_every_replica(fleet: Fleet) -> set[int]:
+    """All engines at once: every stream loses its own."""
+    groups = await asyncio.to_thread(fleet.groups)
+    for group in groups:
+        os.kill(group.replica, signal.SIGKILL)
+    return {pid for group in groups for pid in group.pids}
+
+
 def hit_ingress(number: signal.Signals) -> Fault:
     """Signal one HTTP front."""
 

@@ -128,8 +128,8 @@ def open_fleet(
         "num_pages": 400,
         # What is stopped must be found out in a test's time.
         "step_timeout_s": 6.0,
-        "silence_timeout_s": 4.0,
-        "health_check_timeout_s": 2.0,
+        "silence_timeout_s": 5.0,
+        "health_check_timeout_s": 3.0,
     }
     name = f"faults-{replicas}-{ingress_replicas}"
     chosen = cluster.settings(

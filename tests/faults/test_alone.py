@@ -33,7 +33,7 @@ def test_streams_wait_for_the_replacement(cluster: Cluster, poisoned: Path, ledg
             row = ledger.open(fault, SERVICE)
             for round_ in range(ledger.rounds):
                 endure(fleet, undisturbed, row, ENGINE_FAULTS[fault], round_=round_)
-            assert row.moved == row.streams, row
+            assert row.moved >= row.streams, row
             assert_unbroken(row)
 
 

@@ -14,7 +14,15 @@ import openai
 import pytest
 
 from tests.cluster import LOOPBACK, Cluster
-from tests.faults.blows import ENGINE_FAULTS, Fault, halt_ingress, hit_ingress, kill_controller, kill_proxy
+from tests.faults.blows import (
+    ENGINE_FAULTS,
+    Fault,
+    halt_ingress,
+    hit_ingress,
+    kill_controller,
+    kill_every_replica,
+    kill_proxy,
+)
 from tests.faults.fleet import Fleet, open_fleet
 from tests.faults.guarantees import (
     Undisturbed,
@@ -48,8 +56,7 @@ def test_streams_go_on_elsewhere(fleet: Fleet, undisturbed: Undisturbed, ledger:
     row = ledger.open(fault, SERVICE)
     for round_ in range(ledger.rounds):
         endure(fleet, undisturbed, row, ENGINE_FAULTS[fault], round_=round_)
-    # Once each: a retry that meets a replica about to end is not one of those that are limited.
-    assert row.hits <= row.moved <= row.streams, row
+    assert row.moved >= row.hits, row
     assert_unbroken(row)
 
 
@@ -67,7 +74,7 @@ def test_a_lost_ingress_breaks_its_own_connections_only(
     for round_ in range(ledger.rounds):
         endure(fleet, undisturbed, row, blow, round_=round_)
     assert 0 < row.cut < row.streams and row.whole == row.streams - row.cut, row
-    assert (row.refused, row.moved) == (0, 0), row
+    assert row.refused == 0, row
     assert_true(row)
 
 
@@ -148,7 +155,7 @@ def send_and_forget(url: str, body: dict[str, Any]) -> socket.socket:
 @full
 def test_the_openai_client_sees_one_unbroken_stream(fleet: Fleet, undisturbed: Undisturbed, ledger: Ledger) -> None:
     """Text and usage, through the client that most people use; greedy and sampled."""
-    row = ledger.open("engine replica killed, openai client", SERVICE)
+    row = ledger.open("both engine replicas killed, openai client", SERVICE)
     requests = undisturbed.requests[:4]
 
     async def read(client: openai.AsyncOpenAI, body: dict[str, Any], record: Record) -> str:
@@ -178,7 +185,7 @@ def test_the_openai_client_sees_one_unbroken_stream(fleet: Fleet, undisturbed: U
             async with asyncio.timeout(120):
                 while kill and not all(len(record.token_ids) > 5 for record in records):
                     await asyncio.sleep(0.005)
-                lost = await ENGINE_FAULTS["engine replica killed"](fleet) if kill else set()
+                lost = await kill_every_replica(fleet) if kill else set()
                 texts: Sequence[str] = await asyncio.gather(*work)
         if kill:
             await asyncio.to_thread(fleet.wait_until_whole, without=lost)
@@ -192,5 +199,6 @@ def test_the_openai_client_sees_one_unbroken_stream(fleet: Fleet, undisturbed: U
         enter(row, records, expected)
         row.hits += 1
     row.moved = fleet.num_moved() - moved
+    assert row.moved >= row.streams, row
     fleet.wait_until_idle()
     assert_unbroken(row)

@@ -176,3 +176,16 @@ def test_process_loads_no_more_than_it_needs(module: str, absent: tuple[str, ...
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_runs_what_it_reads(module: str) -> None:
+    """Neither a socket, nor a request, nor a checkpoint brings code along."""
+    loads = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+    assert not [name for name in imports(module) if within(name, tuple(loads))]
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            # An attribute of that name may be torch's `model.eval()`.
+            assert called not in {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "torch.hub.load"}
+            assert not [word.arg for word in node.keywords if word.arg in ("trust_remote_code", "shell")]
