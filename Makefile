@@ -27,7 +27,7 @@ monitor: $(INSTALLED) ## run Prometheus on the service of this machine (fetches 
 test: $(INSTALLED) tools ## run all tests
 	$(BIN)/python -m pytest
 
-faults: $(INSTALLED) ## kill and stop every kind of process under load; prints a table (5 to 10 min)
+faults: $(INSTALLED) ## kill and stop every kind of process under load; prints a table (about 12 min)
 	$(BIN)/python -m tests.faults
 
 fuzz: $(INSTALLED) ## hostile input for about SECONDS (600), guided by coverage where atheris is installed
