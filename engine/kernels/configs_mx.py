@@ -79,7 +79,7 @@ MOE_16: PairByFormat = {
 }
 _MOE_64_DOWN = _narrow(_table(_few(64, 256, 1, 2, 2), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
 MOE_64: PairByFormat = {
-    "mxfp8": (_narrow(_table(_few(64, 128, 1, 4, 4), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
+    "mxfp8": (_narrow(_table(_few(32, 128, 4, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
     "mxfp4": (_narrow(_table(_few(32, 128, 2, 2, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
 }
 

@@ -92,18 +92,15 @@ def row_products(
     """acc + the products of weight rows with scale * x, [rows, any] fp32: still to be summed up, by `sum_products`.
 
     scales: of the MX formats, else anything.  x: [K].  acc: of `no_products`.  Unrolled, so that the loads of all
-    chunks can be in flight together.  OVERLAP: the kernel's `follow` is here, behind the loads of the weight.
+    chunks can be in flight together.  OVERLAP: the kernel's `follow` is here, behind the first loads of the weight.
     """
     if FORMAT == "plain":
-        CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-        tiles = ()
-        for chunk in tl.static_range(CHUNKS):
-            tiles += (weight_tile(weight, rows, chunk * BLOCK_K + tl.arange(0, BLOCK_K), K, EVEN_K, UPCAST),)  # type: ignore[assignment]
-        follow(OVERLAP)
-        for chunk in tl.static_range(CHUNKS):
+        for chunk in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
             columns = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+            tile = weight_tile(weight, rows, columns, K, EVEN_K, UPCAST)
+            follow(OVERLAP and chunk == 0)
             values = tl.load(x + columns) if EVEN_K else tl.load(x + columns, mask=columns < K, other=0.0)
-            acc += tiles[chunk].to(tl.float32) * (values.to(tl.float32) * scale)[None, :]
+            acc += tile.to(tl.float32) * (values.to(tl.float32) * scale)[None, :]
         return acc
     else:
         return mx_row_products(weight, scales, rows, x, scale, acc, K, BLOCK_K, EVEN_K, FORMAT, DECODE, OVERLAP)

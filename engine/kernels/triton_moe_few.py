@@ -92,14 +92,12 @@ def _one_down_kernel(
     index = tl.arange(0, BLOCK_N)
     rows = tl.minimum(index, N - 1 - start)
     acc = no_products(BLOCK_N, BLOCK_K, FORMAT)
-    experts, shares = (), ()
     for rank in tl.static_range(RANKS):
-        experts += (tl.load(ids + rank).to(tl.int64),)  # type: ignore[assignment]
-        shares += (tl.load(weights + rank),)  # type: ignore[assignment]
-    for rank in tl.static_range(RANKS):
-        base, base_scales = from_row(w2, scales, experts[rank] * N + start, K, FORMAT)
+        expert = tl.load(ids + rank).to(tl.int64)
+        weight = tl.load(weights + rank)
+        base, base_scales = from_row(w2, scales, expert * N + start, K, FORMAT)
         acc = row_products(
-            base, base_scales, rows, hidden + rank * K, shares[rank], acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE,
+            base, base_scales, rows, hidden + rank * K, weight, acc, K, BLOCK_K, EVEN_K, UPCAST, FORMAT, DECODE,
             OVERLAP and rank == 0,
         )  # fmt: skip
     tl.store(out + start + index, sum_products(acc, FORMAT, DECODE).to(out.dtype.element_ty), mask=start + index < N)

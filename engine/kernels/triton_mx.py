@@ -153,9 +153,7 @@ def mx_row_products(
     byte, index = tl.max_contiguous(tl.arange(0, GROUPS * BYTES), 8), tl.arange(0, GROUPS * BYTES)
     column = index // 16 * 32 + index % 16 if FOUR else index
     eight = tl.arange(0, EIGHTS)
-    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    tiles, all_exponents = (), ()
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         first = chunk * GROUPS
         codes_at = values + rows[:, None] * (K // 32 * BYTES) + (first * BYTES + byte)[None, :]
         # One dimension: of two, Triton 3.6 gives neighbouring rows to neighbouring threads.
@@ -170,17 +168,14 @@ def mx_row_products(
                 tl.reshape(scales_at, [ROWS * EIGHTS]), mask=tl.reshape(present, [ROWS * EIGHTS]), other=0
             )
             exponents = tl.reshape(exponents, [ROWS, EIGHTS])
-        tiles += (codes,)  # type: ignore[assignment]
-        all_exponents += (exponents,)  # type: ignore[assignment]
-    follow(OVERLAP)
-    for chunk in tl.static_range(CHUNKS):
-        columns = chunk * BLOCK_K + column
+        follow(OVERLAP and chunk == 0)
+        columns = first * 32 + column
         if FOUR:
-            low, high = e2m1_tiles(tiles[chunk], all_exponents[chunk], DECODE, True)
+            low, high = e2m1_tiles(codes, exponents, DECODE, True)
             acc += low * _inputs(x, columns, scale, K, EVEN_K)[None, :]
             acc += high * _inputs(x, columns + 16, scale, K, EVEN_K)[None, :]
         else:
-            weight = e4m3_tile(tiles[chunk], all_exponents[chunk], DECODE, True)
+            weight = e4m3_tile(codes, exponents, DECODE, True)
             acc += weight * _inputs(x, columns, scale, K, EVEN_K)[None, :]
     return acc
 
