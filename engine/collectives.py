@@ -21,6 +21,8 @@ from engine.capacity import exchange_rows
 from engine.kernels.api import ExchangeKernels, KernelSet
 from engine.kernels.exchange import Exchange
 
+_REASON_BYTES = 256
+
 
 class FewRows(Protocol):
     """Sums of few rows, with the same bits on all ranks, that a captured step can hold.
@@ -133,17 +135,24 @@ def few_rows(
         by = f"one-shot kernels up to {rows} rows ({rows * row_bytes // 1024} KiB)"
     else:
         reason = f"no kernels of backend {kernels.name} reach other ranks"
-    reason = _first_reason(reason)
+    reason = first_reason(reason, kernels.device)
     if found is not None and not reason:
-        reason = _first_reason(_compare(found, hidden_size, element, kernels.device))
+        reason = first_reason(_compare(found, hidden_size, element, kernels.device), kernels.device)
     return (None, f"{rest} ({reason})") if reason else (found, f"{by}, {rest} above")
 
 
-def _first_reason(reason: str) -> str:
-    """Of those of all ranks: one rank without it means all without it."""
-    reasons: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    return next((each for each in reasons if each), "")
+def first_reason(reason: str, device: torch.device) -> str:
+    """The first that is not empty of those of all ranks, cut to what one message holds: one rank without it means all
+    without it. Every rank has to call it."""
+    # Bytes in a tensor: torch.distributed would pickle an object.
+    message = torch.zeros(_REASON_BYTES, dtype=torch.uint8)
+    content = bytearray(reason.encode()[:_REASON_BYTES])
+    if content:
+        message[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
+    for each in all_gather(message.to(device)).cpu():
+        if text := bytes(each.tolist()).rstrip(b"\0").decode(errors="replace"):
+            return text
+    return ""
 
 
 def _compare(found: FewRows, hidden_size: int, element: int, device: torch.device) -> str:

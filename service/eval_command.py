@@ -10,7 +10,7 @@ from typing import Any
 from engine.config import EngineConfig, resolve_model
 from engine.errors import ConfigError
 from service.evaluation import remote, run
-from service.evaluation.arguments import add_data_flags, choice, data_for
+from service.evaluation.arguments import add_eval_flags, choice, data_for
 from service.evaluation.progress import say
 from service.flags import add_settings, given_settings, make_settings
 from service.serve_command import demo_checkpoint
@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--compare", metavar="PLAN,PLAN", help="index plans to evaluate on the same data")
-    add_data_flags(parser)
+    add_eval_flags(parser)
     endpoint = parser.add_argument_group("endpoint")
     endpoint.add_argument("--url", help="base URL of an OpenAI-compatible endpoint; default: an engine in this process")
     endpoint.add_argument("--served-model", metavar="NAME", help="its model; default: the first that is served")

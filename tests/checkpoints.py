@@ -7,6 +7,7 @@ from typing import Any
 
 from deploy.demo.vocabulary import train_tokenizer
 from deploy.demo.writer import Layout, Sizes, write_checkpoint
+from engine.config import EngineConfig
 
 
 def make_checkpoint(path: Path, *, seed: int = 0, layout: Layout = "vl", shards: int = 2, **sizes: Any) -> Path:
@@ -15,3 +16,17 @@ def make_checkpoint(path: Path, *, seed: int = 0, layout: Layout = "vl", shards:
     tokenizer = train_tokenizer(chosen.vocab_size)
     write_checkpoint(path, chosen, tokenizer, seed=seed, layout=layout, shards=shards)
     return path
+
+
+def small_engine(model: Path, **settings: Any) -> EngineConfig:
+    """Settings of a small fp32 engine on CPU, one thread a rank; `settings` go over them."""
+    defaults: dict[str, Any] = {
+        "backend": "torch",
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 256,
+        "num_pages": 64,
+        "num_threads": 1,
+    }
+    return EngineConfig.from_kwargs(model, **(defaults | settings))

@@ -8,30 +8,19 @@ from pathlib import Path
 from engine.errors import ConfigError
 from engine.msa.calibrate import SearchOptions, parse_level
 from engine.msa.plan_file import PLAN_FILE_NAME
-from service.evaluation.tasks import TASKS
+from service.evaluation.arguments import add_data_flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that do not come from the settings."""
-    data = parser.add_argument_group("calibration data")
-    data.add_argument(
-        "--documents", type=Path, metavar="PATH",
-        help="text: a directory, a text file or a .jsonl(.xz) file; default: those that come with the package for "
-        "this, of which neither the demo checkpoint's training nor `m3serve eval` has any",
-    )  # fmt: skip
-    data.add_argument("--documents-count", type=int, default=12, metavar="N", help="documents at most (12)")
-    data.add_argument(
-        "--examples", type=int, default=2, metavar="N",
-        help="synthetic long-context sequences per task, whose answers count as much as all documents; 0: none (2)",
-    )  # fmt: skip
-    data.add_argument(
-        "--length", type=int, metavar="N",
-        help="tokens of every document and sequence; default: 8192, or what the model takes less one",
-    )  # fmt: skip
-    data.add_argument(
-        "--tasks", default=",".join(TASKS), metavar="NAME,NAME", help=f"of {', '.join(TASKS)}; default: all"
+    add_data_flags(
+        parser.add_argument_group("calibration data"),
+        documents="those that come with the package for this, of which neither the demo checkpoint's training nor "
+        "`m3serve eval` has any",
+        count=12,
+        examples="synthetic long-context sequences per task, whose answers count as much as all documents",
+        seed=1,
     )
-    data.add_argument("--data-seed", type=int, default=1, metavar="N", help="of the tasks (1)")
     search = parser.add_argument_group("search")
     search.add_argument(
         "--blocks", type=int, default=1, metavar="N",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import CheckpointError, ConfigError
-from service.evaluation.arguments import add_data_flags, choice, setting
+from service.evaluation.arguments import add_eval_flags, choice, setting
 from service.evaluation.run import offline
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME=VALUE",
         help="a setting of the engine; VALUE is JSON or text",
     )
-    add_data_flags(parser)
+    add_eval_flags(parser)
     args = parser.parse_args(argv)
     try:
         settings = dict(setting(text) for text in args.set)

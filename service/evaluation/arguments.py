@@ -30,15 +30,20 @@ class Choice:
     data_seed: int
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that choose documents, tasks and sizes."""
+def add_data_flags(parser: argparse._ActionsContainer, *, documents: str, count: int, examples: str, seed: int) -> None:
+    """Flags that choose documents, tasks and sizes, for `choice`.
+
+    documents: which ones come with the package for this.  count: of documents.  examples: what a sequence per task is
+    for.  seed: of the tasks.
+    """
     parser.add_argument(
         "--documents", type=Path, metavar="PATH",
-        help="text to evaluate on: a directory, a text file or a .jsonl(.xz) file; default: the documents that come "
-        "with the package, of which the demo checkpoint has seen nothing",
+        help=f"text: a directory, a text file or a .jsonl(.xz) file; default: {documents}",
     )  # fmt: skip
-    parser.add_argument("--documents-count", type=int, default=8, metavar="N", help="documents at most; 0: no loss (8)")
-    parser.add_argument("--examples", type=int, default=2, metavar="N", help="sequences per task; 0: no tasks (2)")
+    parser.add_argument(
+        "--documents-count", type=int, default=count, metavar="N", help=f"documents at most; 0: none ({count})"
+    )
+    parser.add_argument("--examples", type=int, default=2, metavar="N", help=f"{examples}; 0: none (2)")
     parser.add_argument(
         "--length", type=int, metavar="N",
         help="tokens of every document and sequence; default: 8192, or what the model takes less one",
@@ -46,7 +51,18 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", default=",".join(TASKS), metavar="NAME,NAME", help=f"of {', '.join(TASKS)}; default: all"
     )
-    parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="of the tasks (0)")
+    parser.add_argument("--data-seed", type=int, default=seed, metavar="N", help=f"of the tasks ({seed})")
+
+
+def add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    """The data flags of an evaluation, and where its JSON goes."""
+    add_data_flags(
+        parser,
+        documents="those that come with the package for this, of which the demo checkpoint has seen nothing",
+        count=8,
+        examples="sequences per task",
+        seed=0,
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything there as JSON")
 
 

@@ -20,22 +20,10 @@ from engine.executor import Executor, InlineExecutor
 from engine.ray_executor import RayExecutor, rank_resources
 from engine.transport import Gate, Header, Kind, connect_push, encode, new_token, pack
 from engine.types import EngineRequest, NewRequest, SamplingParams, StepPlan, StepResult, StepRow
+from tests.checkpoints import small_engine
 from tests.cluster import Cluster, process_exists, wait_until
 
 PROMPTS = [list(range(3, 9)), [7] * 130, list(range(10, 400)) + list(range(10, 400))]
-
-
-def config(model: Path, **settings: Any) -> EngineConfig:
-    defaults: dict[str, Any] = {
-        "backend": "torch",
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 256,
-        "num_pages": 64,
-        "num_threads": 1,
-    }
-    return EngineConfig.from_kwargs(model, **(defaults | settings))
 
 
 def generate(settings: EngineConfig, executor: Executor) -> list[list[int]]:
@@ -56,7 +44,7 @@ def generate(settings: EngineConfig, executor: Executor) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[list[int]]:
-    settings = config(checkpoint, index_topk_freq=2)
+    settings = small_engine(checkpoint, index_topk_freq=2)
     return generate(settings, InlineExecutor(settings))
 
 
@@ -65,7 +53,7 @@ def test_ranks_give_the_tokens_of_one_process(
     cluster: Cluster, checkpoint: Path, expected: list[list[int]], num_ranks: int
 ) -> None:
     """The checkpoint has 2 KV heads: with 4 ranks they are replicated, and must select alike."""
-    settings = config(checkpoint, tensor_parallel_size=num_ranks, index_topk_freq=2)
+    settings = small_engine(checkpoint, tensor_parallel_size=num_ranks, index_topk_freq=2)
     executor = RayExecutor(settings)
     assert executor.info.tensor_parallel_size == num_ranks
     assert executor.info.plan == "DDFSF"
@@ -76,7 +64,7 @@ def test_ranks_give_the_tokens_of_one_process(
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_every_rank_tells_its_times_of_probed_steps(cluster: Cluster, checkpoint: Path, num_ranks: int) -> None:
-    settings = config(checkpoint, tensor_parallel_size=num_ranks, probe_interval=2)
+    settings = small_engine(checkpoint, tensor_parallel_size=num_ranks, probe_interval=2)
     core = EngineCore(settings, RayExecutor(settings))
     try:
         core.add_request(EngineRequest("r", [5] * 20, SamplingParams(max_tokens=40, seed=0, ignore_eos=True)))
@@ -99,7 +87,7 @@ def test_ranks_launch_a_step_before_the_last_one_is_answered(
     cluster: Cluster, checkpoint: Path, expected: list[list[int]], num_ranks: int
 ) -> None:
     """Two steps are with the ranks at a time; the answers stay in order and the tokens the same."""
-    settings = config(checkpoint, tensor_parallel_size=num_ranks, index_topk_freq=2, async_scheduling=True)
+    settings = small_engine(checkpoint, tensor_parallel_size=num_ranks, index_topk_freq=2, async_scheduling=True)
     executor = RayExecutor(settings)
     in_flight: list[int] = []
     most = 0
@@ -124,7 +112,7 @@ def test_ranks_launch_a_step_before_the_last_one_is_answered(
 
 @pytest.fixture
 def group(cluster: Cluster, checkpoint: Path) -> Any:
-    executor = RayExecutor(config(checkpoint, tensor_parallel_size=2), step_timeout_s=3.0)
+    executor = RayExecutor(small_engine(checkpoint, tensor_parallel_size=2), step_timeout_s=3.0)
     yield executor
     executor.close()
     executor.close()
@@ -195,9 +183,9 @@ def test_a_hung_rank_ends_the_group_at_the_step_deadline(group: RayExecutor) -> 
 
 def test_start_up_errors_reach_the_caller_as_they_are(cluster: Cluster, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the first sparse layer"):
-        RayExecutor(config(checkpoint, index_topk_pattern="SFF"))
+        RayExecutor(small_engine(checkpoint, index_topk_pattern="SFF"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        RayExecutor(config(tmp_path / "nothing"))
+        RayExecutor(small_engine(tmp_path / "nothing"))
     held = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
     assert held == []
 
@@ -229,7 +217,7 @@ def test_foreign_messages_are_dropped_and_counted() -> None:
 
 def test_strangers_change_nothing_and_a_failing_step_names_its_rank(cluster: Cluster, checkpoint: Path) -> None:
     """A group over tcp, as when the ranks run on another node, with garbage on every socket; then a broken plan."""
-    executor = RayExecutor(config(checkpoint, tensor_parallel_size=2), step_timeout_s=10.0, use_tcp=True)
+    executor = RayExecutor(small_engine(checkpoint, tensor_parallel_size=2), step_timeout_s=10.0, use_tcp=True)
     context: zmq.Context[Any] = zmq.Context()
     strangers = [connect_push(context, e) for e in (*executor.plan_endpoints, executor.reply_endpoint)]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,16 @@ from engine.engine import EngineCore
 from engine.executor import Executor, InlineExecutor
 from engine.ray_executor import RayExecutor
 from engine.types import EngineRequest, Logprobs, SamplingParams, StepPlan
+from tests.checkpoints import small_engine
 from tests.cluster import Cluster, wait_until
 
 PROMPT = [(7 * i * i + i) % 300 + 3 for i in range(900)]
-GUARD = {"index_topk_freq": 2, "index_reuse": "audited", "audit_interval": 2, "audit_overlap_floor": 0.95}
-
-
-def config(model: Path, **settings: Any) -> EngineConfig:
-    defaults: dict[str, Any] = {
-        "backend": "torch",
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 256,
-        "num_pages": 64,
-        "num_threads": 1,
-        "enable_prefix_caching": False,
-    }
-    return EngineConfig.from_kwargs(model, **(defaults | settings))
+GUARD: dict[str, Any] = {
+    "index_topk_freq": 2,
+    "index_reuse": "audited",
+    "audit_interval": 2,
+    "audit_overlap_floor": 0.95,
+}
 
 
 def answers(settings: EngineConfig, executor: Executor) -> tuple[list[Logprobs], list[int]]:
@@ -66,17 +59,17 @@ def same(one: list[Logprobs], other: list[Logprobs]) -> bool:
 
 def test_ranks_change_over_at_the_same_step(cluster: Cluster, checkpoint: Path) -> None:
     """Ranks that ran a step by different plans would add up hidden states of two models."""
-    one_rank = config(checkpoint, audit_trip_after=2, **GUARD)
+    one_rank = small_engine(checkpoint, enable_prefix_caching=False, audit_trip_after=2, **GUARD)
     expected, steps = answers(one_rank, InlineExecutor(one_rank))
     # Audits with a choice are those of step 4, the prompt's last chunk, and of step 6, which decodes.
     assert steps[0] == 7 and len(expected) == 12
-    group = config(checkpoint, tensor_parallel_size=2, audit_trip_after=2, async_scheduling=False, **GUARD)
+    group = replace(one_rank, tensor_parallel_size=2, async_scheduling=False)
     found, group_steps = answers(group, RayExecutor(group))
     assert group_steps == steps
     assert same(found, expected)
 
     # The change can be seen: what came before it, in it and behind it is of different plans.
-    plain = config(checkpoint)
+    plain = small_engine(checkpoint, enable_prefix_caching=False)
     exact, _ = answers(plain, InlineExecutor(plain))
     assert not same(found[:6], exact[:6]) and same(found[6:], exact[6:])
 

@@ -12,6 +12,7 @@ from engine.engine import EngineCore
 from engine.executor import Executor, InlineExecutor
 from engine.ray_executor import RayExecutor
 from engine.types import EngineRequest, Logprobs, SamplingParams
+from tests.checkpoints import small_engine
 from tests.cluster import Cluster
 
 # Of each way in which ranks sample: from shares of the logits, or from whole rows.
@@ -25,14 +26,8 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 5, "min_tokens": 3},
     {"temperature": 0.0, "logit_bias": {3: 5.0}, "logprobs": 2, "prompt_logprobs": 1},
 ]
+SIZES = {"max_model_len": 1024, "max_num_seqs": 8, "index_topk_freq": 2}
 Answer = tuple[list[int], list[Logprobs]]
-
-
-def config(model: Path, **settings: Any) -> EngineConfig:
-    return EngineConfig.from_kwargs(
-        model, backend="torch", dtype="float32", max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=256,
-        num_pages=64, num_threads=1, index_topk_freq=2, **settings,
-    )  # fmt: skip
 
 
 def generate(settings: EngineConfig, executor: Executor) -> dict[str, Answer]:
@@ -55,7 +50,7 @@ def generate(settings: EngineConfig, executor: Executor) -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> dict[str, Answer]:
-    settings = config(checkpoint)
+    settings = small_engine(checkpoint, **SIZES)
     return generate(settings, InlineExecutor(settings))
 
 
@@ -63,7 +58,7 @@ def expected(checkpoint: Path) -> dict[str, Answer]:
 def test_groups_sample_what_one_process_does(
     cluster: Cluster, checkpoint: Path, expected: dict[str, Answer], num_ranks: int
 ) -> None:
-    settings = config(checkpoint, tensor_parallel_size=num_ranks)
+    settings = small_engine(checkpoint, tensor_parallel_size=num_ranks, **SIZES)
     executor = RayExecutor(settings)
     assert executor.info.kernels["all_reduce"] == "gloo"
     found = generate(settings, executor)
