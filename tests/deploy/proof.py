@@ -68,6 +68,11 @@ class Evaluated:
         return " / ".join((self.where, self.name, " ".join(self.expr.split()), seen, self.unit))
 
 
+def _drawn(vector: Vector) -> Vector:
+    """What Grafana draws: it leaves a gap for the quantile or the ratio of a series that saw nothing (NaN)."""
+    return [(labels, value) for labels, value in vector if not math.isnan(value)]
+
+
 def _summary(vector: Vector) -> str:
     if not vector:
         return "no data"
@@ -138,8 +143,8 @@ class Proof:
 
     def _evaluate(self, where: str, name: str, expr: str, value: str, unit: str, optional: bool) -> None:
         try:
-            result = self.query(expr)
-            compared = result if value == expr else self.query(value)
+            result = _drawn(self.query(expr))
+            compared = result if value == expr else _drawn(self.query(value))
         except PrometheusFailed as error:
             self.evaluated.append(Evaluated(where, name, expr, unit, optional, [], [], str(error)))
         else:
