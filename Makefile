@@ -3,11 +3,12 @@ PYTHON ?= python3
 PORT ?= 8000
 # Extra arguments for pip, e.g. an index with CPU-only torch wheels.
 PIP_ARGS ?=
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve monitor test faults fuzz lint format generate tools bench aot clean
+.PHONY: help serve monitor test faults fuzz compat lint format generate tools bench aot clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,14 +25,19 @@ monitor: $(INSTALLED) ## run Prometheus on the service of this machine (fetches 
 	$(BIN)/python -m deploy.tools fetch prometheus promtool
 	$(BIN)/m3serve monitor
 
+# What needs no cluster runs on all processors; longest files first.
 test: $(INSTALLED) tools ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/model tests/golden tests/kernels tests/unit
+	$(BIN)/python -m pytest tests/service tests/deploy tests/faults tests/fuzz
 
 faults: $(INSTALLED) ## kill and stop every kind of process under load; prints a table (about 12 min)
 	$(BIN)/python -m tests.faults
 
 fuzz: $(INSTALLED) ## hostile input for about SECONDS (600), guided by coverage where atheris is installed
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),600)
+
+compat: $(INSTALLED) ## run other people's clients against the service on CPU (installs several GB, once)
+	PIP_ARGS='$(PIP_ARGS)' $(BIN)/python -m tests.compat
 
 tools: $(INSTALLED) ## fetch helm, prometheus and hadolint into .tools where PATH has none
 	$(BIN)/python -m deploy.tools fetch
@@ -55,4 +61,4 @@ bench: $(INSTALLED) ## offline speed of the demo checkpoint (MODEL=DIR for anoth
 	$(BIN)/m3serve bench offline $(if $(MODEL),--model $(MODEL))
 
 clean: ## remove the environment and caches
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-compat build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

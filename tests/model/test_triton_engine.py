@@ -39,8 +39,10 @@ def test_tokens_equal_those_of_torch(model: Path) -> None:
     assert tokens(model, backend="triton", **settings) == tokens(model, backend="torch", **settings)
 
 
-def test_reuse_layers_launch_no_indexer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reuse_layers_launch_no_indexer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores, top-k and block unions run once per step in each F layer, and never in an S layer."""
+    # One block of two: few programs for the interpreter.
+    model = make_checkpoint(tmp_path, seed=1, **{**SIZES, "topk_blocks": 1})
     launched: Counter[str] = Counter()
 
     def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Any, options: Any) -> None:
@@ -55,7 +57,7 @@ def test_reuse_layers_launch_no_indexer(model: Path, monkeypatch: pytest.MonkeyP
     for pattern in ("FF", "FS"):
         with LLM(model, backend="triton", index_topk_pattern=pattern, **fixed) as llm:
             launched.clear()
-            llm.generate([[i % 290 + 3 for i in range(260)]], greedy)
+            llm.generate([[i % 290 + 3 for i in range(132)]], greedy)
             per_prefill[pattern] = dict(launched)
     indexer = ("score_prefill", "select_prefill", "_build_kernel")
     assert [per_prefill["FF"][name] for name in indexer] == [2, 2, 2]
