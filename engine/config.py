@@ -30,6 +30,8 @@ _INTEGERS = {  # the least value of each
     "max_model_len": 1,
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
+    "max_num_prefill_tokens": 1,
+    "long_prefill_token_threshold": 0,
     "num_pages": 1,
     "audit_interval": 1,
     "audit_trip_after": 1,
@@ -140,6 +142,20 @@ class EngineConfig:
     )
     max_num_seqs: int = field(default=16, metadata={"help": "sequences that run at the same time"})
     max_num_batched_tokens: int = field(default=2048, metadata={"help": "token budget of one step"})
+    max_num_prefill_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "prompt tokens of a step in which other requests decode, and so wait for them; default: 256, on a "
+            "GPU max_num_batched_tokens"
+        },
+    )
+    long_prefill_token_threshold: int | None = field(
+        default=None,
+        metadata={
+            "help": "a prompt with more tokens to compute is long: shorter ones may pass it; 0: in order of arrival; "
+            "default: max_num_batched_tokens"
+        },
+    )
     num_pages: int | None = field(
         default=None, metadata={"help": "KV pages of 128 tokens; default: what the memory allows"}
     )
@@ -222,9 +238,10 @@ class EngineConfig:
         _choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _choice("load_format", self.load_format, ("auto", "dummy"))
         _choice("index_reuse", self.index_reuse, ("lean", "audited"))
+        defaults = {each.name: each.default for each in fields(self)}
         for name, low in _INTEGERS.items():
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "num_pages", "probe_interval", "num_threads"):
+            if value is None and defaults[name] is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_INTEGER:
                 raise ConfigError(f"{name} must be an integer in [{low}, {MAX_INTEGER}], got {value!r}")

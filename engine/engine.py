@@ -15,15 +15,18 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from engine import guided
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError, EngineDead, RequestError
 from engine.guard import IndexGuard
 from engine.metrics import EngineStats
 from engine.pages import PagePool
 from engine.scheduler import RequestState, Scheduler, Step
+from engine.step_budget import BudgetLimits
 from engine.timeline import StepTime, Timeline
 from engine.types import (
     NOT_FINITE,
+    NOT_GUIDED,
     NOT_SAMPLED,
     EngineRequest,
     FinishReason,
@@ -42,6 +45,8 @@ log = logging.getLogger(__name__)
 # captured ones.
 CPU_PROBE_INTERVAL = 16
 GPU_PROBE_INTERVAL = 2048
+# A step reads all weights, however few tokens it has: small chunks of prompts waste a GPU. A CPU is busy with these.
+CPU_PREFILL_TOKENS = 256
 
 
 class EngineCore:
@@ -71,7 +76,7 @@ class EngineCore:
             self.pool,
             self.stats,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            limits=_budget_limits(config, self.info.backend),
         )
         default_interval = CPU_PROBE_INTERVAL if self.info.backend == "torch" else GPU_PROBE_INTERVAL
         self._probe_interval = default_interval if config.probe_interval is None else config.probe_interval
@@ -281,6 +286,12 @@ class EngineCore:
             log.error("request %s: %s", state.request_id, error)
             self._events.append(self._last_event(state, FinishReason.ERROR, error))
             return
+        if token_id == NOT_GUIDED:
+            self._end(state)
+            self.stats.not_guided += 1
+            error = f"the grammar cannot go on at position {end}: {result.guided_errors[row_index]}"
+            self._events.append(self._last_event(state, FinishReason.ERROR, error))
+            return
         self.scheduler.commit(state, end)
         if state.prompt_logprobs is not None:
             # After a preemption positions run again; what they said the first time stays.
@@ -389,6 +400,10 @@ class EngineCore:
                 f"({sampling.max_tokens})",
                 param="output_token_ids",
             )
+        if sampling.guided is not None:
+            guided.require()
+            if not self._eos_token_ids:
+                raise RequestError("guided output needs an eos token, and the checkpoint names none", param="guided")
         if sampling.seed is None:
             raise RequestError("seed must be set before a request reaches the engine", param="seed")
         for name, token_ids in (
@@ -400,6 +415,18 @@ class EngineCore:
             for token_id in token_ids:
                 if type(token_id) is not int or not 0 <= token_id < vocab_size:
                     raise RequestError(f"{name} must hold token ids in [0, {vocab_size}), got {token_id!r}", param=name)
+
+
+def _budget_limits(config: EngineConfig, backend: str) -> BudgetLimits:
+    """The limits of a step, with what was left unset."""
+    budget, prefill, threshold = (
+        config.max_num_batched_tokens,
+        config.max_num_prefill_tokens,
+        config.long_prefill_token_threshold,
+    )
+    if prefill is None:
+        prefill = CPU_PREFILL_TOKENS if backend == "torch" else budget
+    return BudgetLimits(budget, prefill, budget if threshold is None else threshold)
 
 
 def _record(step: Step, ended_s: float) -> None:
@@ -429,7 +456,8 @@ def _check_result(step: Step, result: StepResult, vocab_size: int) -> None:
             f"expected the result of step {plan.step_id} with {len(plan.rows)} rows, "
             f"got step {result.step_id} with {len(result.sampled)} rows"
         )
-    for row, token_id in zip(plan.rows, result.sampled, strict=True):
-        expected = token_id == NOT_FINITE or (0 <= token_id < vocab_size if row.sample else token_id == NOT_SAMPLED)
+    for row_index, (row, token_id) in enumerate(zip(plan.rows, result.sampled, strict=True)):
+        is_refused = token_id == NOT_FINITE or (token_id == NOT_GUIDED and row_index in result.guided_errors)
+        expected = is_refused or (0 <= token_id < vocab_size if row.sample else token_id == NOT_SAMPLED)
         if not expected:
             raise EngineDead(f"step {plan.step_id} answers {row} with token {token_id}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import guided
 from engine.config import EngineConfig
 from engine.engine import EngineCore
 from engine.errors import CheckpointError, RequestError
@@ -113,6 +114,8 @@ class LLM:
         params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
         if len(params) != count:
             raise RequestError(f"{count} prompts need as many sampling params, got {len(params)}", param="sampling")
+        for spec in {each.guided for each in params} - {None}:
+            guided.check(spec)
         return [
             each if each.seed is not None else dataclasses.replace(each, seed=secrets.randbits(63)) for each in params
         ]

@@ -71,6 +71,8 @@ class EngineStats:
     selections_computed, selections_reused: layer_id -> count.
     overlap_sum, overlap_count: layer_id -> sums over audits.
     page_check_failures: times the page accounting did not balance.  not_finite: requests ended by their logits.
+    guided_tokens: sampled under a mask.  mask_s: host time on rank 0 for the masks.  not_guided: requests ended because
+    their grammar could not go on.
     guard_active: whether the audit's guard has every sparse layer select for itself.  guard_trips: how often it began.
     """
 
@@ -107,6 +109,9 @@ class EngineStats:
     overlap_count: dict[int, int] = field(default_factory=dict)
     page_check_failures: int = 0
     not_finite: int = 0
+    guided_tokens: int = 0
+    mask_s: float = 0.0
+    not_guided: int = 0
     guard_active: bool = False
     guard_trips: int = 0
 
@@ -116,6 +121,8 @@ class EngineStats:
         """Count what rank 0 measured in one step."""
         self.forward_s += result.forward_s
         self.python_s += result.python_s
+        self.guided_tokens += result.num_guided
+        self.mask_s += result.mask_s
         for times in result.rank_times:
             self._add_rank(times)
         for timing in result.seconds:

@@ -21,6 +21,7 @@ from engine.config import PAGE_SIZE, EngineConfig, ModelConfig, read_json, resol
 from engine.errors import CheckpointError, ConfigError
 from engine.graphs import DecodeGraphs
 from engine.guard import fallback_plan
+from engine.guided import Grammars, GuidedSlots
 from engine.kernels.api import KernelSet, resolve
 from engine.kernels.batch import StepBatch
 from engine.kernels.torch_pages import FP8_DTYPES
@@ -33,7 +34,7 @@ from engine.parallel import TensorParallel
 from engine.probes import LayerProbe, Mark, hold, mark
 from engine.sampler import PendingLogprobs, SamplerState, pending_logprobs
 from engine.transfer import to_device, to_host
-from engine.types import NOT_FINITE, NOT_SAMPLED, EngineInfo, RankTimes, StepPlan, StepResult, StepRow
+from engine.types import NOT_FINITE, NOT_GUIDED, NOT_SAMPLED, EngineInfo, RankTimes, StepPlan, StepResult, StepRow
 from engine.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class _Launched:
 
     sampling: the rows that sample.  residents: their requests.  tokens: int64 [len(sampling)] in host memory, to be
     read after `done`.  logprobs: (indices into sampling, their log-probabilities).  prompt_logprobs: (row, actual
-    tokens, their log-probabilities).  launch_s: host time that launching took.
+    tokens, their log-probabilities).  launch_s: host time that launching took.  guided_errors, num_guided, mask_s: see
+    StepResult.
     """
 
     plan: StepPlan
@@ -74,6 +76,9 @@ class _Launched:
     started: Mark
     done: Mark
     launch_s: float
+    guided_errors: dict[int, str]
+    num_guided: int
+    mask_s: float
 
 
 class ModelRunner:
@@ -150,6 +155,10 @@ class ModelRunner:
                 )  # fmt: skip
         self._eos_token_ids = self._read_eos(path)
         self._sampler = SamplerState(config.max_num_seqs, self.model_config.vocab_size, self.device)
+        grammars = Grammars(path, vocab_size=self.model_config.vocab_size, eos_token_ids=self._eos_token_ids)
+        if self.device.type == "cuda":
+            grammars.warm()
+        self._guided = GuidedSlots(grammars)
         self._vocab_share = self.parallel.vocab_share(self.model_config.vocab_size)
         max_pages = -(-self.max_model_len // PAGE_SIZE)
         self._tables = SlotTables(config.max_num_seqs, max_pages, self.device)
@@ -251,10 +260,12 @@ class ModelRunner:
         for slot in plan.released:
             self._residents[slot] = None
             self._sampler.remove(slot)
+            self._guided.remove(slot)
         for new in plan.new:
             assert self._residents[new.slot] is None, f"slot {new.slot} is taken"
             self._residents[new.slot] = Resident(list(new.token_ids), new.prompt_len, new.sampling, [])
             self._sampler.add(new, self._eos_token_ids)
+            self._guided.add(new)
         self._tables.update(plan, self._residents)
         if (letters := plan.index_plan or self._plans[plan.fallback]) != self.model.active_plan:
             self.model.set_plan(letters)
@@ -280,6 +291,10 @@ class ModelRunner:
             result.sampled[i] = token
             if token == NOT_FINITE:
                 self._clean_pages(resident)
+            elif i in launched.guided_errors:
+                result.sampled[i] = NOT_GUIDED
+        result.guided_errors, result.num_guided = launched.guided_errors, launched.num_guided
+        result.mask_s = launched.mask_s
         if launched.logprobs is not None:
             wanted, pending = launched.logprobs
             found = pending.read([chosen[k] for k in wanted])
@@ -359,7 +374,9 @@ class ModelRunner:
         return tokens.index_copy(0, picked, found)
 
     def _sample_whole(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
-        tokens = self._sampler.sample(logits.float(), slots, positions)
+        masks = self._guided.masks(slots)
+        on_device = None if masks is None else to_device(masks, torch.int32, self.device)
+        tokens = self._sampler.sample(logits.float(), slots, positions, on_device)
         self._sampler.append(slots, tokens)
         self._tables.keep(slots, tokens)
         return tokens
@@ -384,11 +401,14 @@ class ModelRunner:
             widths = [residents[k].sampling.logprobs or 0 for k in wanted]
             rows = self.parallel.all_gather_last(logits.index_select(0, picked)).float()
             logprobs = wanted, pending_logprobs(rows, tokens.index_select(0, picked), widths)
+        on_host, done = to_host(tokens), mark(self.device)
+        slots = [plan.rows[i].slot for i in sampling]
+        num_guided = self._guided.sampled(slots, on_host, done)
         return _Launched(
             plan=plan,
             sampling=list(sampling),
             residents=residents,
-            tokens=to_host(tokens),
+            tokens=on_host,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             probe=probe,
@@ -396,8 +416,13 @@ class ModelRunner:
             computed=counts[0],
             reused=counts[1],
             started=started,
-            done=mark(self.device),
+            done=done,
             launch_s=0.0,
+            guided_errors={
+                i: error for i, slot in zip(sampling, slots, strict=True) if (error := self._guided.error(slot))
+            },
+            num_guided=num_guided,
+            mask_s=self._guided.take_seconds(),
         )
 
     def _resident(self, slot: int) -> Resident:

@@ -1,8 +1,9 @@
 """Picks the next token of each row of logits.
 
-Order: logit_bias, min_tokens mask, penalties, temperature, min_p, top_k, top_p, Gumbel-max. Nothing in a
-row's result depends on the other rows: noise is a function of (seed, position, token id), ranks have no ties,
-and the mass of top_p is summed in integers, whose sum does not depend on the order.
+Order: logit_bias, min_tokens mask, penalties, the grammar's mask, temperature, min_p, top_k, top_p, Gumbel-max. So
+top_k and top_p choose among what the grammar allows. Nothing in a row's result depends on the other rows: noise is a
+function of (seed, position, token id), ranks have no ties, and the mass of top_p is summed in integers, whose sum does
+not depend on the order.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class _Batch:
     penalised: Tensor | None
     pool_rows: Tensor
     penalties: Tensor  # float32 [3, n, 1]: repetition, presence, frequency
+    guided: Tensor | None
     greedy: Tensor | None
     draws: list[_Draw]
 
@@ -130,11 +132,15 @@ class SamplerState:
         cells = (self._index([row for _, row in counted]), picked.clamp(min=0))
         self._counts.index_put_(cells, (picked >= 0).to(torch.int32), accumulate=True)
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def sample(
+        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], masks: Tensor | None = None
+    ) -> Tensor:
         """The next token of each row, int64 [num_rows]; NOT_FINITE where the row's logits are not.
 
         logits: float32 [num_rows, vocab], left as they are.  slots: of each row.
         positions: absolute index of the token being sampled.
+        masks: int32 [num_guided, ceil(vocab / 32)] of the guided rows in order, bit i of word w says whether token
+        32 * w + i may come; None when no row is guided.
         """
         low, high = torch.aminmax(logits, dim=1)
         finite = low.isfinite() & high.isfinite()
@@ -145,7 +151,7 @@ class SamplerState:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
             if batch.plain is not None:
                 tokens.index_copy_(0, batch.plain, logits.index_select(0, batch.plain).argmax(1))
-            tokens.index_copy_(0, batch.edited, self._sample_edited(logits, slots, positions, batch))
+            tokens.index_copy_(0, batch.edited, self._sample_edited(logits, slots, positions, batch, masks))
         return torch.where(finite, tokens, NOT_FINITE)
 
     def free_draws(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[list[float], list[int], list[int]]:
@@ -158,14 +164,22 @@ class SamplerState:
             masked = bool(state.stop_ids) and position - state.prompt_len < params.min_tokens
             truncated = params.top_p < 1.0 or 0 < params.top_k < self.vocab_size or params.min_p > 0.0
             is_greedy = params.is_greedy
-            if masked or params.has_penalties or params.logit_bias or (truncated and not is_greedy):
+            is_guided = params.guided is not None
+            if is_guided or masked or params.has_penalties or params.logit_bias or (truncated and not is_greedy):
                 shaped.append(i)
                 is_greedy = True
             temperatures.append(0.0 if is_greedy else max(params.temperature, MIN_TEMPERATURE))
             keys.append(0 if is_greedy else noise_key(params.seed or 0, position))
         return temperatures, keys, shaped
 
-    def _sample_edited(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], batch: _Batch) -> Tensor:
+    def _sample_edited(
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        batch: _Batch,
+        masks: Tensor | None,
+    ) -> Tensor:
         assert batch.edited is not None
         work = logits.index_select(0, batch.edited)
         if batch.bias is not None:
@@ -173,6 +187,10 @@ class SamplerState:
         work[batch.masked_cells] = -math.inf
         if batch.penalised is not None:
             work.index_copy_(0, batch.penalised, self._penalise(work.index_select(0, batch.penalised), batch))
+        if batch.guided is not None:
+            assert masks is not None, "a guided row needs its mask"
+            bound = work.index_select(0, batch.guided)
+            work.index_copy_(0, batch.guided, bound.masked_fill_(~unpack_bits(masks, self.vocab_size), -math.inf))
         tokens = torch.empty(work.shape[0], dtype=torch.int64, device=self.device)
         if batch.greedy is not None:
             tokens.index_copy_(0, batch.greedy, work.index_select(0, batch.greedy).argmax(1))
@@ -250,7 +268,8 @@ class SamplerState:
     def _build(self, states: list[_Slot], masked: tuple[int, ...]) -> _Batch:
         def is_edited(i: int, state: _Slot) -> bool:
             params = state.sampling
-            return not params.is_greedy or params.has_penalties or bool(params.logit_bias) or i in masked
+            is_shaped = params.has_penalties or bool(params.logit_bias) or params.guided is not None
+            return not params.is_greedy or is_shaped or i in masked
 
         edited = [i for i, state in enumerate(states) if is_edited(i, state)]
         plain = sorted(set(range(len(states))) - set(edited))
@@ -263,6 +282,7 @@ class SamplerState:
             [params.repetition_penalty, params.presence_penalty, params.frequency_penalty] for _, params in penalised
         ]
         greedy = [row for row, _, params in rows if params.is_greedy]
+        guided = [row for row, _, params in rows if params.guided is not None]
         return _Batch(
             plain=self._index(plain) if plain else None,
             edited=self._index(edited) if edited else None,
@@ -272,6 +292,7 @@ class SamplerState:
             penalised=self._index([row for row, _ in penalised]) if penalised else None,
             pool_rows=self._index(pool_rows),
             penalties=to_device(strengths, torch.float32, self.device).reshape(-1, 3).T.unsqueeze(2),
+            guided=self._index(guided) if guided else None,
             greedy=self._index(greedy) if greedy else None,
             draws=self._draws([member for member in rows if not member[2].is_greedy]),
         )
@@ -304,6 +325,12 @@ class SamplerState:
                 )
             )
         return draws
+
+
+def unpack_bits(masks: Tensor, width: int) -> Tensor:
+    """bool [n, width], of bits: int32 [n, ceil(width / 32)], the lowest of each word first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return ((masks.view(torch.uint8).unsqueeze(2) >> shifts) & 1).bool().flatten(1)[:, :width]
 
 
 def _weights(x: Tensor) -> Tensor:

@@ -121,6 +121,11 @@ class Tokenizer:
         """Whether `skip_special_tokens` leaves this token out of the text."""
         return token_id in self._special
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact text, None when the vocabulary has no such token."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; empty for an id that the tokenizer does not know."""
         known = self._bytes.get(token_id)

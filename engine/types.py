@@ -18,6 +18,8 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+MAX_GUIDED_CHARS = 64 * 1024
+GUIDED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
 
 
 class FinishReason(StrEnum):
@@ -73,6 +75,39 @@ def check_prompt_len(num_tokens: int, max_model_len: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class GuidedSpec:
+    """What the text of one request has to match, from its first character to its end of sequence.
+
+    kind: "json_object": any JSON object. "json_schema": JSON that `text`, a JSON schema, accepts. "regex": the whole
+    text matches the regular expression `text`. "choice": one of the strings of `text`, a JSON list. "grammar": `text`
+    is a context-free grammar in llguidance's Lark syntax, whose rule `start` the text derives from.
+    reasoning_end_id: the token that ends the model's reasoning, which comes first and is free but for the end of
+    sequence; None: there is none, and the first token is bound already.
+    reasoning_start_id: the token that opens the reasoning, when the model may choose to, as its first token; None: the
+    prompt opened it.
+    """
+
+    kind: str
+    text: str = ""
+    reasoning_end_id: int | None = None
+    reasoning_start_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in GUIDED_KINDS:
+            raise RequestError(
+                f"guided kind must be one of {', '.join(GUIDED_KINDS)}, got {_shown(self.kind)}", param="guided"
+            )
+        if not isinstance(self.text, str):
+            raise RequestError(f"guided text must be a string, got {_shown(self.text)}", param="guided")
+        if len(self.text) > MAX_GUIDED_CHARS:
+            raise RequestError(
+                f"{self.kind} has {len(self.text)} characters, at most {MAX_GUIDED_CHARS} are allowed", param="guided"
+            )
+        if self.reasoning_start_id is not None and self.reasoning_end_id is None:
+            raise RequestError("guided reasoning_start_id needs reasoning_end_id", param="guided")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request picks its tokens. Checked on construction; raises RequestError naming the field.
 
@@ -98,6 +133,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    guided: GuidedSpec | None = None  # what the output has to match
 
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -125,6 +161,11 @@ class SamplingParams:
                 raise RequestError(
                     f"{name} must be true or false, got {_shown(value)}", param=name, code="invalid_type"
                 )
+        if self.guided is not None and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise RequestError(
+                f"{name} cannot be combined with guided output, whose grammar says where it ends", param=name
+            )
         self._check_stop()
         self._check_logit_bias()
 
@@ -234,6 +275,7 @@ class Output:
 # In place of a sampled token.
 NOT_SAMPLED = -1  # the row did not sample
 NOT_FINITE = -2  # the row's logits hold a NaN or an infinity
+NOT_GUIDED = -3  # the row's grammar cannot go on
 
 
 # --- inside the engine: one StepPlan per step to every rank, one StepResult back from rank 0 -------------------
@@ -330,11 +372,13 @@ class RankTimes:
 class StepResult:
     """What rank 0 answers.
 
-    sampled: one entry per plan row: a token id, NOT_SAMPLED or NOT_FINITE.
+    sampled: one entry per plan row: a token id, NOT_SAMPLED, NOT_FINITE or NOT_GUIDED.
     logprobs: row index -> the sampled token's.  prompt_logprobs: row index -> one entry per scheduled prompt
     position that predicts a known prompt token.
     computed, reused: per layer, how many selections were made / read since the last result.
     rank_times: of rank 0 on a probed step; the executor adds what other ranks have sent by then.
+    guided_errors: row index -> why its grammar cannot go on.  num_guided: rows that were sampled under a mask.
+    mask_s: host time that making the masks took.
     """
 
     step_id: int
@@ -348,6 +392,9 @@ class StepResult:
     rank_times: list[RankTimes] = field(default_factory=list)
     forward_s: float = 0.0
     python_s: float = 0.0
+    guided_errors: dict[int, str] = field(default_factory=dict)
+    num_guided: int = 0
+    mask_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

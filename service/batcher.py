@@ -21,7 +21,7 @@ class Batcher(Generic[T]):
     send: returns at once; what it returns is done when a replica has the group, or never will.
     """
 
-    def __init__(self, send: Callable[[list[T]], Awaitable[None]]) -> None:
+    def __init__(self, send: Callable[[list[T]], Awaitable[object]]) -> None:
         self._send = send
         self._waiting: list[T] = []
         self._task: asyncio.Task[None] | None = None

@@ -7,8 +7,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from service.bench import http, offline
+from service.bench import offline
 from service.bench.arguments import add_kernels, add_load, add_metrics, add_slice, count, counts
+from service.bench.serving import run as serving
+from service.bench.serving.arguments import add_serve
 from service.serve_command import demo_checkpoint
 
 _EPILOG = """\
@@ -16,7 +18,7 @@ examples:
   m3serve bench kernels --dry-run                what each GPU operation costs at the least, without a GPU
   m3serve bench slice --out slice.json           12 of M3's 60 layers on one GPU
   m3serve bench offline --model DIR --decode-batches 1,8,16
-  m3serve bench http --url http://127.0.0.1:8000/v1 --streams 16 --metrics-url http://127.0.0.1:9400/metrics
+  m3serve bench serve --max-concurrency 16 --num-prompts 64 --metrics-url http://127.0.0.1:9400/metrics
 """
 
 
@@ -44,21 +46,11 @@ def add_parser(subparsers: Any) -> None:
     alone.add_argument("--index-topk-freq", type=count, metavar="N", help="one sparse layer in N selects")
     alone.add_argument("--tensor-parallel-size", type=count, default=1, metavar="N", help="ranks (1)")
     alone.add_argument("--num-threads", type=count, metavar="N", help="CPU threads; default: all cores")
+    alone.add_argument("--out", metavar="FILE", help="write the JSON here instead of stdout")
     alone.set_defaults(run=_offline)
-    remote = kinds.add_parser("http", help="an OpenAI-compatible endpoint", allow_abbrev=False)
-    remote.add_argument("--url", default="http://127.0.0.1:8000/v1", help="base URL (http://127.0.0.1:8000/v1)")
-    remote.add_argument("--model", metavar="NAME", help="model name; default: the first that is served")
-    remote.add_argument("--streams", type=count, default=16, metavar="N", help="streams at the same time (16)")
-    remote.add_argument("--requests", type=count, metavar="N", help="requests in all; default: one per stream")
-    remote.add_argument("--input-tokens", type=count, default=1024, metavar="N", help="prompt length (1024)")
-    remote.add_argument("--output-tokens", type=count, default=64, metavar="N", help="tokens per request (64)")
-    remote.add_argument(
-        "--max-token-id", type=count, default=4000, metavar="N", help="prompts are random ids below this (4000)"
-    )
-    remote.add_argument("--metrics-url", help="the service's exporter, for CPU seconds per 1k tokens")
-    remote.add_argument("--timeout-s", type=float, default=600.0, metavar="X", help="limit for one request (600)")
-    remote.add_argument("--api-key", help="sent as a bearer token")
-    remote.set_defaults(run=_http)
+    remote = kinds.add_parser("serve", help="load on an OpenAI-compatible endpoint", allow_abbrev=False)
+    add_serve(remote)
+    remote.set_defaults(run=serving.from_args)
     kernels = kinds.add_parser("kernels", help="every GPU operation beside its floor", allow_abbrev=False)
     add_kernels(kernels)
     kernels.set_defaults(run=_kernels)
@@ -71,8 +63,6 @@ def add_parser(subparsers: Any) -> None:
     load = kinds.add_parser("load", help="how fast a rank reads a checkpoint", allow_abbrev=False)
     add_load(load)
     load.set_defaults(run=_load)
-    for kind in (alone, remote):
-        kind.add_argument("--out", metavar="FILE", help="write the JSON here instead of stdout")
 
 
 def _offline(args: argparse.Namespace) -> int:
@@ -90,22 +80,6 @@ def _offline(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         settings=settings,
         out=args.out,
-    )
-
-
-def _http(args: argparse.Namespace) -> int:
-    return http.run(
-        args.url,
-        out=args.out,
-        model=args.model,
-        streams=args.streams,
-        requests=args.requests or args.streams,
-        input_tokens=args.input_tokens,
-        output_tokens=args.output_tokens,
-        max_token_id=args.max_token_id,
-        metrics_url=args.metrics_url,
-        timeout_s=args.timeout_s,
-        api_key=args.api_key,
     )
 
 

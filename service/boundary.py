@@ -21,6 +21,7 @@ from service.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     ErrorAnswer,
+    ShuttingDown,
     UnsupportedMediaType,
     answer,
     is_expected,
@@ -71,10 +72,13 @@ class Boundary:
     answer must have ended, or None. Until the answer begins, the deadline is kept here; after that by what streams it.
 
     policy, tracer: of this process, set before its first request; a tracer of None: tracing is off.
+    is_draining: nothing new is taken.  num_running: requests that were taken and have not ended.
     """
 
     policy: ClassVar[Policy | None] = None
     tracer: ClassVar[IngressTracer | None] = None
+    is_draining: ClassVar[bool] = False
+    num_running: ClassVar[int] = 0
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -118,7 +122,11 @@ class Boundary:
         request_id = headers.get("x-request-id", "")
         try:
             state["deadline_s"] = deadline_s = self._admit(scope, headers)
-            await self._run(scope, receive, watched_send, deadline_s)
+            Boundary.num_running += 1
+            try:
+                await self._run(scope, receive, watched_send, deadline_s)
+            finally:
+                Boundary.num_running -= 1
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception as error:
@@ -147,6 +155,8 @@ class Boundary:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self.policy.keys is not None and path not in PUBLIC_PATHS:
             self.policy.keys.check(headers)
+        if self.is_draining and path != "/health":
+            raise ShuttingDown("the service is shutting down: it finishes what it has, and takes no new request")
         check_request_id(headers.get("x-request-id", ""))
         check_disconnect(headers)
         timeout_s = read_timeout(headers, self.policy.request_timeout_s)

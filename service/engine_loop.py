@@ -76,14 +76,27 @@ class EngineLoop:
         self._has_worked = False
         self._checked_at_s = -BOOKS_PERIOD_S
         self._live: set[str] = set()
+        self._live_lock = threading.Lock()
         self._progress_at_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="m3-scheduler", daemon=True)
         self._thread.start()
 
-    def add(self, requests: list[EngineRequest]) -> None:
-        """Hand requests to the engine; refusals come with the next outcome. Any thread."""
-        self._commands.append(requests)
-        self._wake.set()
+    def add(self, requests: list[EngineRequest]) -> list[Refusal]:
+        """Hand requests to the engine, as many as the queue takes; the refusals of the others, at once: a step may take
+        a second. What the engine refuses comes with the next outcome. Any thread."""
+        admitted: list[EngineRequest] = []
+        refusals: list[Refusal] = []
+        with self._live_lock:
+            for request in requests:
+                if len(self._live) >= self._max_live_requests and not request.resubmitted:
+                    refusals.append(self._full(request))
+                else:
+                    self._live.add(request.request_id)
+                    admitted.append(request)
+        if admitted:
+            self._commands.append(admitted)
+            self._wake.set()
+        return refusals
 
     def abort(self, request_ids: list[str]) -> None:
         """End requests before the next step. Any thread."""
@@ -131,7 +144,7 @@ class EngineLoop:
         if self._core.has_work():
             self._has_worked = True
             events = self._core.step()
-            self._live.difference_update(e.request_id for e in events if e.finish_reason is not None)
+            self._ended([event.request_id for event in events if event.finish_reason is not None])
             self._callbacks.outcome(events, refusals)
             self._callbacks.stats(self._core.stats)
             if self._callbacks.timelines is not None and (timelines := self._core.take_timelines()):
@@ -160,17 +173,22 @@ class EngineLoop:
         return refusals
 
     def _admit(self, request: EngineRequest) -> Refusal | None:
-        if len(self._live) >= self._max_live_requests and not request.resubmitted:
-            return Refusal(
-                request.request_id,
-                f"the queue is full: {len(self._live)} requests are running or waiting, "
-                f"limit {self._max_live_requests} (max_num_seqs + max_queued_requests)",
-                code="queue_full",
-                retry_after_s=RETRY_AFTER_S,
-            )
         try:
             self._core.add_request(request)
         except RequestError as error:
+            self._ended([request.request_id])
             return Refusal(request.request_id, error.message, error.param, error.code)
-        self._live.add(request.request_id)
         return None
+
+    def _ended(self, request_ids: list[str]) -> None:
+        with self._live_lock:
+            self._live.difference_update(request_ids)
+
+    def _full(self, request: EngineRequest) -> Refusal:
+        return Refusal(
+            request.request_id,
+            f"the queue is full: {len(self._live)} requests are running or waiting, "
+            f"limit {self._max_live_requests} (max_num_seqs + max_queued_requests)",
+            code="queue_full",
+            retry_after_s=RETRY_AFTER_S,
+        )

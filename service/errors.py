@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import http
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -16,6 +18,8 @@ from engine.errors import EngineDead, M3Error, Overloaded, RequestError, shorten
 
 # A message may quote what the client sent; an answer must not grow with it.
 MAX_MESSAGE_CHARS = 1000
+# What a client is told to wait before it tries again, elsewhere or at a service that is back.
+SHUTDOWN_RETRY_S = 5
 
 
 class NotFound(RequestError):
@@ -40,6 +44,10 @@ class Unauthorized(RequestError):
 
 class DeadlineExceeded(M3Error):
     """The time that the client or the server sets for a request is over."""
+
+
+class ShuttingDown(M3Error):
+    """This HTTP front finishes what it has, and takes nothing new."""
 
 
 class GenerationFailed(M3Error):
@@ -96,6 +104,7 @@ _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
     (RequestError, _Row(400, "invalid_request_error", "invalid_value")),
     (Overloaded, _Row(429, "rate_limit_error", "engine_overloaded")),
     (EngineDead, _Row(503, "service_unavailable_error", "engine_unavailable")),
+    (ShuttingDown, _Row(503, "service_unavailable_error", "shutting_down")),
     (GenerationFailed, _Row(500, "server_error", "generation_failed")),
 )
 _UNEXPECTED = _Row(500, "server_error", "internal_error")
@@ -118,6 +127,17 @@ def answer(error: BaseException) -> ErrorAnswer:
     return _make(_UNEXPECTED, message)
 
 
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """RequestErrors of the block name their field as the request does. names: by the name that the block knows."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param not in names:
+            raise
+        raise RequestError(error.message, param=names[error.param], code=error.code) from None
+
+
 def _known_answer(error: Exception, row: _Row) -> ErrorAnswer:
     if isinstance(error, RequestError):
         headers = (("www-authenticate", "Bearer"),) if isinstance(error, Unauthorized) else ()
@@ -125,6 +145,8 @@ def _known_answer(error: Exception, row: _Row) -> ErrorAnswer:
     if isinstance(error, Overloaded):
         wait_s = max(1, math.ceil(error.retry_after_s))
         return _make(row, str(error), headers=(("retry-after", str(wait_s)),))
+    if isinstance(error, ShuttingDown):
+        return _make(row, str(error), headers=(("retry-after", str(SHUTDOWN_RETRY_S)),))
     return _make(row, str(error))
 
 

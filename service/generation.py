@@ -1,4 +1,4 @@
-"""Runs the engine requests behind one completion request, and answers whole or as a stream."""
+"""Runs the engine requests behind one HTTP request that generates, and answers whole or as a stream."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import msgspec
 from engine.types import EngineRequest, RequestEvent
 from service import sse
 from service.boundary import DEADLINE_MESSAGE, report
-from service.completion import Choice, TokenizedPrompt, chunk_usage, usage_of
+from service.choice import Choice, TokenizedPrompt, chunk_usage, usage_of
 from service.errors import DeadlineExceeded, answer
-from service.protocol import Completion, CompletionRequest
+from service.protocol import AnswerHead, GenerationRequest
 from service.series import RequestTimer
 from service.stream import EngineClient
 
@@ -80,49 +80,49 @@ class EventMerge:
                 await self._queue.put((index, error))
 
 
-class CompletionRun:
-    """One POST /v1/completions on its way through the engine: an asynchronous context that owns its requests.
+class GenerationRun:
+    """One HTTP request on its way through the engine: an asynchronous context that owns its engine requests.
 
-    engine_requests, timers: one per choice.  head: the envelope of the answer, without choices.  deadline_s: time of
-    the event loop by which the last event must have come.  trace: of the HTTP request, if it is traced.
+    engine_requests, choices, timers: one per choice.  head: the envelope of the answer, without choices; chunk_head:
+    that of a chunk.  deadline_s: time of the event loop by which the last event must have come.  trace: of the HTTP
+    request, if it is traced.
     """
 
     def __init__(
         self,
-        request: CompletionRequest,
+        request: GenerationRequest,
         prompts: Sequence[TokenizedPrompt],
         engine_requests: Sequence[EngineRequest],
+        choices: Sequence[Choice],
         *,
         timers: Sequence[RequestTimer],
-        head: Completion,
+        head: AnswerHead,
+        chunk_head: AnswerHead,
         client: EngineClient,
         deadline_s: float | None = None,
         trace: HttpTrace | None = None,
     ) -> None:
-        num_per_prompt = request.num_choices_per_prompt
         self._request = request
         self._prompts = prompts
         self._engine_requests = engine_requests
+        self._choices = choices
         self._timers = timers
         self._head = head
+        self._chunk_head = chunk_head
         self._client = client
         self._deadline_s = deadline_s
         self._trace = trace
         self._choice_traces: list[ChoiceTrace] = []
-        self._choices = [
-            Choice(i, prompts[i // num_per_prompt], request, engine_request.sampling)
-            for i, engine_request in enumerate(engine_requests)
-        ]
         self._num_open = len(self._choices)
         self._news: list[Choice] = []
         self._begun = False
         self._failed = False
         self._failure_code: str | None = None
 
-    async def __aenter__(self) -> CompletionRun:
+    async def __aenter__(self) -> GenerationRun:
         traces: list[ChoiceTrace | None] = [None] * len(self._engine_requests)
         if self._trace is not None:
-            self._choice_traces = self._trace.choices(self._engine_requests, self._head.id)
+            self._choice_traces = self._trace.choices(self._engine_requests, self._head)
             traces = [*self._choice_traces]
         pairs = zip(self._engine_requests, traces, strict=True)
         streams = [self._client.generate(request, trace) for request, trace in pairs]
@@ -149,15 +149,14 @@ class CompletionRun:
         """Wait for the first events: what goes wrong before them can still become an HTTP status."""
         self._news = await self._advance()
 
-    async def whole(self) -> Completion:
+    async def whole(self) -> AnswerHead:
         """Run to the end and answer in one piece."""
         while self._num_open:
             await self._advance()
-        choices = [choice.take() for choice in self._choices]
         self._sent(self._choices)
         return msgspec.structs.replace(
             self._head,
-            choices=[choice for choice in choices if choice is not None],
+            choices=[choice.whole() for choice in self._choices],
             usage=usage_of(self._prompts, self._choices),
         )
 
@@ -219,7 +218,7 @@ class CompletionRun:
         out = []
         for choice in self._news:
             if (news := choice.take()) is not None:
-                out.append(sse.event(msgspec.structs.replace(self._head, choices=[news], usage=usage)))
+                out.append(sse.event(msgspec.structs.replace(self._chunk_head, choices=[news], usage=usage)))
         return b"".join(out)
 
     def _usage_chunk(self) -> bytes:
@@ -227,4 +226,4 @@ class CompletionRun:
         if options is None or not options.include_usage:
             return b""
         usage = usage_of(self._prompts, self._choices)
-        return sse.event(msgspec.structs.replace(self._head, choices=[], usage=usage))
+        return sse.event(msgspec.structs.replace(self._chunk_head, choices=[], usage=usage))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -29,9 +29,13 @@ from engine.types import MAX_SEED, EngineInfo, EngineRequest, SamplingParams, ch
 from service import tracing
 from service.auth import ApiKeys
 from service.boundary import Boundary, Policy, read_body
-from service.completion import TokenizedPrompt
-from service.errors import NotFound, answer
-from service.generation import CompletionRun
+from service.chat import Chat
+from service.chat_protocol import ChatCompletion, ChatCompletionChunk, ChatRequest
+from service.choice import TokenizedPrompt
+from service.completion import TextChoice
+from service.errors import NotFound, answer, renamed
+from service.generation import GenerationRun
+from service.grammar_check import GrammarCheck
 from service.limits import MAX_BODIES_IN_FLIGHT, BodyBudget, check_prompt_logprobs, check_request_tokens
 from service.openapi import openapi_document
 from service.protocol import (
@@ -120,6 +124,13 @@ def _engine_requests(
     return requests
 
 
+async def _answer(run: GenerationRun, *, stream: bool | None) -> Response:
+    if stream:
+        return EventStream(run)
+    async with run:
+        return _json(await run.whole())
+
+
 def _wrap(seed: int) -> int:
     """Into the range of a signed 64-bit integer."""
     return (seed + MAX_SEED + 1) % (2 * (MAX_SEED + 1)) - MAX_SEED - 1
@@ -144,13 +155,21 @@ class Ingress:
         self._created = int(time.time())
         self._client = EngineClient(settings)
         self._series = self._client.series
+        self._chat = Chat(settings.model, self._tokenizer)
+        self._grammar_check = GrammarCheck(settings.model, self._tokenizer, self._series)
         await self._client.start(engine)
 
     async def __del__(self) -> None:
         await self._client.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._grammar_check.close()
         if self._tracer is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
+
+    async def drain(self) -> int:
+        """Take no new requests from now on; how many have not ended. Called before the application is taken off."""
+        Boundary.is_draining = True
+        return Boundary.num_running
 
     async def check_health(self) -> None:
         """Raise EngineDead when Serve should replace this process."""
@@ -187,6 +206,7 @@ class Ingress:
         sampling = body.sampling()
         info = await self._client.info()
         _check_vocabulary(sampling, info.vocab_size)
+        await self._grammar_check.check(sampling.guided, body.guided_param)
         trace = request.state.trace
         with nullcontext() if trace is None else trace.part("tokenize"):
             prompts = await self._tokenize(body.prompt, info, add_special_tokens=body.add_special_tokens)
@@ -199,22 +219,57 @@ class Ingress:
             )
             if body.echo:
                 await self._beside(num_tokens > INLINE_ENCODE_CHARS, lambda: [prompt.echo for prompt in prompts])
-        head = self._head("cmpl", info)
-        requests = _engine_requests(head.id, prompts, sampling, body.num_choices_per_prompt)
-        run = CompletionRun(
+        head = Completion(**self._head("cmpl", info), choices=[])
+        n = body.num_choices_per_prompt
+        requests = _engine_requests(head.id, prompts, sampling, n)
+        run = GenerationRun(
             body,
             prompts,
             requests,
+            [TextChoice(i, prompts[i // n], body, sampling) for i in range(len(requests))],
             timers=timers,
             head=head,
+            chunk_head=head,
             client=self._client,
             deadline_s=request.state.deadline_s,
             trace=trace,
         )
-        if body.stream:
-            return EventStream(run)
-        async with run:
-            return _json(await run.whole())
+        return await _answer(run, stream=body.stream)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(self, request: Request) -> Response:
+        request.state.series = self._series
+        body = await self._read(request, ChatRequest)
+        self._check_model(body.model)
+        body.check(max_choices=self._settings.max_prompts)
+        n = body.num_choices_per_prompt
+        timers = [self._series.timer() for _ in range(n)]
+        info = await self._client.info()
+        trace = request.state.trace
+        with nullcontext() if trace is None else trace.part("tokenize"), renamed(prompt="messages"):
+            text = await self._beside(self._chat.is_long(body), lambda: self._chat.render(body))
+            # The template has written the special tokens.
+            prompts = await self._tokenize([text], info, add_special_tokens=False)
+            num_tokens = self._check_lengths(prompts, n, info)
+        guided = self._chat.guided(body, text)
+        sampling = body.sampling(info.max_model_len - num_tokens, guided)
+        _check_vocabulary(sampling, info.vocab_size)
+        await self._grammar_check.check(sampling.guided, body.guided_param or "tool_choice")
+        head = self._head("chatcmpl", info)
+        requests = _engine_requests(head["id"], prompts, sampling, n)
+        run = GenerationRun(
+            body,
+            prompts,
+            requests,
+            self._chat.choices(body, prompts[0], requests),
+            timers=timers,
+            head=ChatCompletion(**head, choices=[]),
+            chunk_head=ChatCompletionChunk(**head, choices=[]),
+            client=self._client,
+            deadline_s=request.state.deadline_s,
+            trace=trace,
+        )
+        return await _answer(run, stream=body.stream)
 
     @app.post("/tokenize")
     async def tokenize(self, request: Request) -> Response:
@@ -288,15 +343,15 @@ class Ingress:
             index_plan=info.plan,
         )
 
-    def _head(self, prefix: str, info: EngineInfo) -> Completion:
+    def _head(self, prefix: str, info: EngineInfo) -> dict[str, Any]:
+        """The fields of an AnswerHead."""
         identity = "\n".join((software_version(), info.namespace, info.plan))
-        return Completion(
-            id=f"{prefix}-{secrets.token_hex(16)}",
-            created=int(time.time()),
-            model=self._settings.model_name,
-            system_fingerprint=f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
-            choices=[],
-        )
+        return {
+            "id": f"{prefix}-{secrets.token_hex(16)}",
+            "created": int(time.time()),
+            "model": self._settings.model_name,
+            "system_fingerprint": f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+        }
 
     async def _tokenize(
         self, prompts: list[Prompt], info: EngineInfo, *, add_special_tokens: bool | None

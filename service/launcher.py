@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import queue
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Loggi
 from engine.errors import CheckpointError, ConfigError, M3Error
 from engine.ray_executor import rank_resources
 from service.app import build
+from service.drain import Drain, until_cut
 from service.exporter import Exporter
 from service.settings import ServiceSettings
 from service.tls import client_context
@@ -61,7 +63,7 @@ def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> 
     try:
         with ExitStack() as stack:
             settings = stack.enter_context(_metrics(settings))
-            settings = stack.enter_context(_ray(settings, ray_address))
+            settings = stack.enter_context(_ray(settings, ray_address, signals))
             # After Ray, which installs a handler of its own that would end this process at once.
             signals.install()
             stack.enter_context(_application(settings, signals, is_ours=ray_address is None))
@@ -112,7 +114,7 @@ def _metrics(settings: ServiceSettings) -> Iterator[ServiceSettings]:
 
 
 @contextmanager
-def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSettings]:
+def _ray(settings: ServiceSettings, address: str | None, signals: _Signals) -> Iterator[ServiceSettings]:
     """A private Ray on loopback, or a connection to the one at `address`."""
     if address is not None:
         try:
@@ -148,7 +150,11 @@ def _ray(settings: ServiceSettings, address: str | None) -> Iterator[ServiceSett
         _check_gpus(settings)
         yield settings.model_copy(update={"data_host": settings.data_host or "127.0.0.1"})
     finally:
-        ray.shutdown()
+        # Ray tells on stdout that calls to its own controller failed, once that has ended.
+        with redirect_stdout(io.StringIO()):
+            # Its proxies end first: from then on connections are refused.
+            until_cut(serve.shutdown, SERVE_CALL_TIMEOUT_S, signals.cut)
+            ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -183,19 +189,29 @@ def _application(settings: ServiceSettings, signals: _Signals, *, is_ours: bool)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         yield
     finally:
-        _drain(settings, signals)
-        # A private Ray ends with everything in it; on another, Serve goes if nobody else uses it.
-        if not is_ours and not _bounded(serve.status).applications:
+        _drain(settings, signals, is_ours=is_ours)
+
+
+def _drain(settings: ServiceSettings, signals: _Signals, *, is_ours: bool) -> None:
+    """Wait for running requests, up to the limit or a second signal; then take the application off."""
+    drain, limit_s = Drain(APP_NAME, signals.cut), settings.graceful_shutdown_timeout_s
+    status = _application_status()
+    fronts = None if status is None else status.deployments.get("Ingress")
+    if fronts is not None and fronts.replica_states.get("RUNNING"):
+        is_done = drain.wait_for_requests(limit_s)
+        if not is_done and not signals.cut.is_set():
+            _say(f"not done within graceful_shutdown_timeout_s={limit_s:g}: {drain.num_running} requests are cut off")
+    if not is_ours:
+        _bounded(lambda: serve.delete(APP_NAME, _blocking=False))
+        deadline_s = time.monotonic() + DRAIN_SPARE_S + (limit_s if drain.num_running else 0)
+        while _application_status() is not None and time.monotonic() < deadline_s:
+            if signals.cut.wait(timeout=POLL_S):
+                break
+        # Serve goes if nobody else uses it.
+        if not signals.cut.is_set() and not _bounded(serve.status).applications:
             _bounded(serve.shutdown)
-
-
-def _drain(settings: ServiceSettings, signals: _Signals) -> None:
-    """Take the application off; wait for its running requests, up to the limit or a second signal."""
-    _bounded(lambda: serve.delete(APP_NAME, _blocking=False))
-    deadline_s = time.monotonic() + settings.graceful_shutdown_timeout_s + DRAIN_SPARE_S
-    while _application_status() is not None and time.monotonic() < deadline_s:
-        if signals.cut.wait(timeout=POLL_S):
-            return
+    if signals.cut.is_set():
+        _say(f"cut off: {drain.num_running} requests had not finished")
 
 
 def _application_status() -> ApplicationStatusOverview | None:

@@ -158,11 +158,32 @@ TOKEN_MISMATCHES = _ingress.counter(
 TOKENIZE_SECONDS = _ingress.histogram(
     "m3_tokenize_seconds", "seconds", "Encoding the text prompts of one HTTP request", _MODEL, _ENCODE_S
 )
+GRAMMAR_SECONDS = _ingress.histogram(
+    "m3_grammar_compile_seconds", "seconds", "Compiling a grammar that was not known, to see if it is valid", _MODEL,
+    _ENCODE_S,
+)  # fmt: skip
+GRAMMARS = _ingress.counter(
+    "m3_grammars_total",
+    "requests",
+    "Requests whose text has to match a grammar: hit, it was compiled already; miss",
+    (*_MODEL, "cache"),
+)
 SUBMIT_REQUESTS = _ingress.histogram(
     "m3_submit_requests", "requests", "Requests that left in one submit to a replica", _MODEL, _BATCH
 )
+ROUTED_REQUESTS = _ingress.counter(
+    "m3_routed_requests_total",
+    "requests",
+    "Requests for which an engine replica was chosen: prefix, since it holds the longest known prefix; overloaded, not "
+    "that one, since it had too much to do; balanced, the least loaded, since none holds a prefix",
+    (*_MODEL, "choice"),
+)
 CONFIGURED_REPLICAS = _ingress.gauge(
-    "m3_configured_engine_replicas", "replicas", "Engine replicas that the settings ask for", _MODEL, mode="livemax"
+    "m3_configured_engine_replicas",
+    "replicas",
+    "Engine replicas that the settings ask for; with autoscaling, at least",
+    _MODEL,
+    mode="livemax",
 )
 INGRESS_REPLICAS = _ingress.gauge(
     "m3_ingress_replicas", "processes", "HTTP front processes that live", _MODEL, mode="livesum"
@@ -203,6 +224,13 @@ OPEN_REQUESTS = _requests.gauge(
     "Requests that ingresses wait for at this replica; written when they arrive and end, whatever the scheduler does",
     _ENGINE,
 )
+ENGINE_LOAD = _requests.gauge(
+    "m3_engine_load",
+    "ratio",
+    "Tokens of open requests per target_tokens_per_replica, or open requests per max_num_seqs if that is more; 1: full. "
+    "Autoscaling wants as many replicas as the sum over them",
+    _ENGINE,
+)
 
 _steps = _Group("Engine: scheduler and steps")
 REQUESTS_RUNNING = _steps.gauge("m3_num_requests_running", "requests", "Requests in the running batch", _ENGINE)
@@ -220,6 +248,13 @@ SCHEDULED_TOKENS = _steps.counter(
 PREEMPTIONS = _steps.counter("m3_num_preemptions_total", "requests", "Requests preempted for want of pages", _ENGINE)
 PLAN_SECONDS = _steps.counter("m3_plan_seconds_total", "seconds", "Scheduler: planning the steps", _ENGINE)
 FORWARD_SECONDS = _steps.counter("m3_forward_seconds_total", "seconds", "Rank 0: in the model", _ENGINE)
+GUIDED_TOKENS = _steps.counter("m3_guided_tokens_total", "tokens", "Sampled under the mask of a grammar", _ENGINE)
+MASK_SECONDS = _steps.counter(
+    "m3_guided_mask_seconds_total",
+    "seconds",
+    "Rank 0: making the masks of grammars; on a GPU while the device is in the model",
+    _ENGINE,
+)
 PYTHON_SECONDS = _steps.counter("m3_python_seconds_total", "seconds", "Rank 0: around the model", _ENGINE)
 
 _pages = _Group("Engine: pages and prefix cache")
@@ -273,6 +308,12 @@ NOT_FINITE = _replica.counter(
     "m3_requests_not_finite_total",
     "requests",
     "Requests that ended in an error since their logits held a NaN or an infinity",
+    _ENGINE,
+)
+NOT_GUIDED = _replica.counter(
+    "m3_requests_not_guided_total",
+    "requests",
+    "Requests that ended in an error since their grammar got too complex to go on",
     _ENGINE,
 )
 WEIGHT_BYTES = _replica.gauge("m3_weight_bytes", "bytes", "Weights of rank 0", _ENGINE)

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel
 
+from service.chat_messages import MAX_MESSAGES, MAX_TOOLS
+from service.chat_protocol import ChatCompletion, ChatRequest
 from service.errors import ErrorBody
 from service.limits import MAX_PROMPTS, MAX_TIMEOUT_S, MIN_TIMEOUT_S, TIMEOUT_HEADER
 from service.protocol import (
@@ -59,6 +61,15 @@ ROUTES = (
         errors=(404, *_BODY_ERRORS),
         streams=True,
     ),
+    Route(
+        "post",
+        "/v1/chat/completions",
+        "Answer a conversation",
+        ChatCompletion,
+        ChatRequest,
+        errors=(404, *_BODY_ERRORS),
+        streams=True,
+    ),
     Route("post", "/tokenize", "Text to token ids", Tokenized, TokenizeRequest, errors=(404, *_BODY_ERRORS)),
     Route("post", "/detokenize", "Token ids to text", Detokenized, DetokenizeRequest, errors=(404, *_BODY_ERRORS)),
 )
@@ -68,6 +79,89 @@ _COMMON_ERRORS = (400, 401, 405, 408, 500, 503)
 # Fields that take more forms than their types say, since validators make them one.
 _TEXT = {"type": "string", "minLength": 1}
 _TOKEN_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_STOP_AND_BIAS: dict[str, dict[str, Any]] = {
+    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
+    "logit_bias": {
+        "anyOf": [
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+                "additionalProperties": {"type": "number"},
+            },
+            {"type": "null"},
+        ]
+    },
+}
+_CONTENT = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    ]
+}
+_CALL = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+            "required": ["name", "arguments"],
+        },
+    },
+    "required": ["id", "function"],
+}
+
+
+def _message(roles: list[str], required: list[str], **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"role": {"enum": roles}, "content": _CONTENT, **properties},
+        "required": ["role", *required],
+        "additionalProperties": False,
+    }
+
+
+_MESSAGE = {
+    "anyOf": [
+        _message(["root", "system", "developer", "user"], ["content"], name={"type": "string"}),
+        _message(
+            ["assistant"],
+            [],
+            content={"anyOf": [_CONTENT, {"type": "null"}]},
+            name={"type": "string"},
+            reasoning_content={"type": "string"},
+            tool_calls={"type": "array", "items": _CALL},
+        ),
+        _message(["tool"], ["content", "tool_call_id"], tool_call_id={"type": "string"}),
+    ]
+}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                "description": {"type": "string"},
+                "parameters": {"type": "object"},
+                "strict": {"type": ["boolean", "null"]},
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["type", "function"],
+    "additionalProperties": False,
+}
 _FORMS: dict[type[BaseModel], dict[str, dict[str, Any]]] = {
     CompletionRequest: {
         "prompt": {
@@ -78,18 +172,13 @@ _FORMS: dict[type[BaseModel], dict[str, dict[str, Any]]] = {
                 {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": _TOKEN_IDS},
             ]
         },
-        "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
-        "logit_bias": {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-                    "additionalProperties": {"type": "number"},
-                },
-                {"type": "null"},
-            ]
-        },
-    }
+        **_STOP_AND_BIAS,
+    },
+    ChatRequest: {
+        "messages": {"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _MESSAGE},
+        "tools": {"anyOf": [{"type": "array", "maxItems": MAX_TOOLS, "items": _TOOL}, {"type": "null"}]},
+        **_STOP_AND_BIAS,
+    },
 }
 
 

@@ -12,20 +12,28 @@ import msgspec
 
 from engine.errors import EngineDead
 from engine.types import EngineInfo
+from service.messages import Description
+from service.replica_choice import ReplicaChooser
 
 log = logging.getLogger(__name__)
 
 PROBE_PERIOD_S = 2.0
 # A replica that does not answer a probe within this time does not count as ready.
 PROBE_TIMEOUT_S = 4.0
-_info_decoder = msgspec.msgpack.Decoder(EngineInfo)
+# While an update rolls through the replicas, the first ones asked may serve another model.
+MAX_ASKED = 8
+_decoder = msgspec.msgpack.Decoder(Description)
 
 
 class EngineProbe:
-    """Asks some replica behind `handle` (a Serve DeploymentHandle) for a sign of life, now and then."""
+    """Asks some replica behind `handle` (a Serve DeploymentHandle) for a sign of life, now and then.
 
-    def __init__(self, handle: Any) -> None:
+    chooser: says which replicas serve the same model as this ingress.
+    """
+
+    def __init__(self, handle: Any, chooser: ReplicaChooser) -> None:
         self._handle = handle
+        self._chooser = chooser
         self._info: EngineInfo | None = None
         self._answered_at_s: float | None = None
         self._now = asyncio.Event()
@@ -72,5 +80,10 @@ class EngineProbe:
 
     async def _ask(self) -> None:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
-            self._info = _info_decoder.decode(await self._handle.info.remote())
-        self._answered_at_s = time.monotonic()
+            for _ in range(MAX_ASKED):
+                reply = _decoder.decode(await self._handle.describe.remote(target=self._chooser.candidate()))
+                if self._chooser.described(reply):
+                    self._info = reply.info
+                    self._answered_at_s = time.monotonic()
+                    return
+        raise EngineDead("the engine replicas that answer serve another model")

@@ -17,6 +17,7 @@ from engine.errors import RequestError
 from engine.types import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from service.limits import MAX_PROMPTS
 from service.request_body import RequestBody, check_entries, quote
+from service.structured import GuidedFields
 
 MAX_N = 128
 
@@ -30,61 +31,46 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool | None = None
 
 
-class CompletionRequest(RequestBody):
-    """POST /v1/completions."""
+class GenerationRequest(GuidedFields):
+    """What every request that generates text may ask for."""
 
-    refused: ClassVar[dict[str, str]] = {
-        "guided_json": "there is no constrained decoding",
-        "guided_regex": "there is no constrained decoding",
-        "guided_choice": "there is no constrained decoding",
-        "response_format": "there is no constrained decoding",
-        "structured_outputs": "there is no constrained decoding",
-        "use_beam_search": "there is no beam search",
-        "prompt_embeds": "prompts are text or token ids",
-        "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",
-    }
     max_entries: ClassVar[dict[str, int]] = {
         "stop": MAX_STOP_STRINGS,
         "stop_token_ids": MAX_STOP_TOKEN_IDS,
         "logit_bias": MAX_LOGIT_BIAS,
+        **GuidedFields.max_entries,
+    }
+    refused: ClassVar[dict[str, str]] = {
+        "use_beam_search": "there is no beam search",
+        "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",
+    }
+    tolerated: ClassVar[dict[str, str]] = {
+        "user": "OpenAI's clients send it on behalf of their own users; it asks for nothing",
     }
 
     model: str | None = None
-    prompt: list[Any]  # of str, or of list[int]: every accepted form becomes a list of prompts
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: int | None = None
-    echo: bool | None = None
     stop: list[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
-    # Accepted because OpenAI's clients send it on behalf of their own users; it asks for nothing.
     user: str | None = None
-    best_of: int | None = None
-    suffix: str | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
-    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _prompts(cls, value: Any) -> list[Prompt]:
-        return parse_prompts(value)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -100,16 +86,48 @@ class CompletionRequest(RequestBody):
     def num_choices_per_prompt(self) -> int:
         return 1 if self.n is None else self.n
 
+    def check(self, *, max_choices: int) -> None:
+        """The rules that no single field can state. max_choices: limit of prompts times n."""
+        if not 1 <= self.num_choices_per_prompt <= MAX_N:
+            raise RequestError(f"n must be in [1, {MAX_N}], got {self.num_choices_per_prompt}", param="n")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+
+    def _given(self) -> dict[str, Any]:
+        """The sampling fields that are there, by the engine's names, which are the same."""
+        names = {"guided", *(type(self).model_fields.keys() & SamplingParams.__dataclass_fields__.keys())}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    refused: ClassVar[dict[str, str]] = {
+        **GenerationRequest.refused,
+        "prompt_embeds": "prompts are text or token ids",
+    }
+
+    prompt: list[Any]  # of str, or of list[int]: every accepted form becomes a list of prompts
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    prompt_logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> list[Prompt]:
+        return parse_prompts(value)
+
     @property
     def generates_nothing(self) -> bool:
         """max_tokens 0 with echo, as evaluation tools ask for the prompt's own log-probabilities."""
         return bool(self.echo) and self.max_tokens == 0
 
     def check(self, *, max_choices: int) -> None:
-        """The rules that no single field can state. max_choices: limit of prompts times n."""
+        super().check(max_choices=max_choices)
         n = self.num_choices_per_prompt
-        if not 1 <= n <= MAX_N:
-            raise RequestError(f"n must be in [1, {MAX_N}], got {n}", param="n")
         if len(self.prompt) * n > max_choices:
             raise RequestError(
                 f"{len(self.prompt)} prompts times n={n} are {n * len(self.prompt)} choices, "
@@ -128,23 +146,18 @@ class CompletionRequest(RequestBody):
                 param="suffix",
                 code="unsupported_parameter",
             )
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options needs stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs needs stream=false", param="prompt_logprobs")
 
     def sampling(self) -> SamplingParams:
         """The engine's view of this request; absent fields take the engine's defaults, which are OpenAI's."""
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        given = self._given()
         if self.generates_nothing:
             # The engine always generates; the one token is dropped and not counted.
             given |= {"max_tokens": 1, "min_tokens": 0}
         if self.echo and self.logprobs is not None:
             given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return SamplingParams(**given)
-
-
-_SAMPLING_FIELDS = tuple(sorted(CompletionRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys()))
 
 
 def parse_prompts(value: Any) -> list[Prompt]:
@@ -241,6 +254,10 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Tokens of one HTTP request: each prompt counts once, whatever n is."""
 
@@ -248,6 +265,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -280,16 +298,22 @@ class CompletionChoice(msgspec.Struct):
     prompt_logprobs: list[dict[str, TokenLogprob] | None] | UnsetType = UNSET
 
 
-class Completion(msgspec.Struct, kw_only=True):
-    """The answer to /v1/completions; with stream, each chunk has the same shape."""
+class AnswerHead(msgspec.Struct, kw_only=True):
+    """What the answers of all routes that generate begin with, and their chunks. Each of them adds its `choices`."""
 
     id: str
-    object: str = "text_completion"
+    object: str
     created: int
     model: str
     system_fingerprint: str
-    choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
+
+
+class Completion(AnswerHead, kw_only=True):
+    """The answer to /v1/completions; with stream, each chunk has the same shape."""
+
+    object: str = "text_completion"
+    choices: list[CompletionChoice]
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

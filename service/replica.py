@@ -26,8 +26,10 @@ from engine.ray_executor import RayExecutor
 from engine.transport import Gate, Header, Kind, bind_pull, connect_push, encode, new_epoch, new_token, pack
 from engine.types import FinishReason, RequestEvent
 from service import tracing
+from service.autoscaling import LOAD_METRIC, idle_load
 from service.engine_loop import EngineLoop, EngineLoopCallbacks
-from service.messages import Abort, Accepted, Ended, Refusal, StepEvents, Submit, SubmitReply
+from service.messages import Abort, Accepted, Description, Ended, Load, Refusal, StepEvents, Submit, SubmitReply
+from service.model_identity import engine_identity, model_identity
 from service.series import EngineSeries
 from service.settings import ServiceSettings
 
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 # After its group died, a replica answers its open submits within this time, then its process ends: Serve and the
 # routers notice a dead actor at once, an unhealthy one only after three health checks.
 EXIT_DELAY_S = 0.5
-# How often an ingress with open requests hears of this replica at least.
+# How often an ingress hears of this replica at least.
 ALIVE_PERIOD_S = 1.0
 _submit_decoder = msgspec.msgpack.Decoder(Submit)
 
@@ -58,6 +60,10 @@ class _Progress:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_output_tokens
 
 
 @dataclass(slots=True)
@@ -89,7 +95,11 @@ class EngineReplica:
         except BaseException:
             executor.close()
             raise
-        self._info = core.info
+        self._description = Description(
+            self._replica_id, model_identity(settings), engine_identity(config, core.info), core.info
+        )
+        self._idle = idle_load(settings, self._replica_id, core.info.num_pages * core.info.page_size)
+        self._num_tokens = 0
         self._executor = executor
         self._stats = core.stats
         load_s = time.monotonic() - started_s
@@ -117,12 +127,16 @@ class EngineReplica:
 
     # --- calls through the Serve handle -----------------------------------------------------------------------
 
-    async def submit(self, payload: bytes) -> bytes:
-        """Run the requests of a Submit; a SubmitReply when the last one has ended."""
+    async def submit(self, payload: bytes, *, target: str | None = None) -> bytes:
+        """Run the requests of a Submit; a SubmitReply when the last one has ended. target: see TargetRouter."""
         self._start_sockets()
         message = _submit_decoder.decode(payload)
         if self._dead is not None:
             return encode(SubmitReply([], self._dead))
+        if message.model not in (None, self._description.model) or (
+            message.identity not in (None, self._description.identity)
+        ):
+            return encode(SubmitReply([], unfit=self._description))
         peer = self._peer(message.endpoint, message.token)
         call = _Call(
             peer,
@@ -130,11 +144,20 @@ class EngineReplica:
             {r.request_id: _Progress(len(r.prompt_token_ids), len(r.output_token_ids)) for r in message.requests},
         )
         self._calls.update(dict.fromkeys(call.running, call))
+        self._num_tokens += sum(progress.num_tokens for progress in call.running.values())
         self._series.set_open_requests(len(self._calls))
         # Before the answer: should that find the ingress gone, the abort comes after what it aborts.
-        self._engine.add(message.requests)
-        accepted = Accepted(message.submit_id, self._replica_id, self._control_endpoint, self._control_token)
+        refusals = self._engine.add(message.requests)
+        accepted = Accepted(
+            message.submit_id,
+            self._replica_id,
+            self._control_endpoint,
+            self._control_token,
+            self._load(),
+            self._description.identity,
+        )
         self._send(peer, Kind.ACCEPTED, accepted)
+        self._deliver([], refusals)
         try:
             dead = await call.done
         finally:
@@ -142,10 +165,14 @@ class EngineReplica:
             self._abort(list(call.running))
         return encode(SubmitReply(call.ended, dead))
 
-    async def info(self) -> bytes:
-        """EngineInfo: what the engine resolved at load."""
+    async def describe(self, *, target: str | None = None) -> bytes:
+        """Description: what the engine resolved at load. target: see TargetRouter."""
         self._engine.check_health()
-        return encode(self._info)
+        return encode(self._description)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's controller scales by: see service/autoscaling.py."""
+        return {LOAD_METRIC: self._load().share}
 
     async def pids(self) -> list[int]:
         """Processes of this replica: its own, then rank 0, rank 1, ... (for operators and fault tests)."""
@@ -194,6 +221,7 @@ class EngineReplica:
                 continue
             outgoing.setdefault(call.peer.endpoint, StepEvents([], [])).refusals.append(refusal)
             progress = call.running.pop(refusal.request_id)
+            self._num_tokens -= progress.num_tokens
             call.ended.append(
                 Ended(
                     refusal.request_id,
@@ -205,19 +233,24 @@ class EngineReplica:
                 )
             )
             self._close_if_complete(call)
+        load = self._load()
         for endpoint, message in outgoing.items():
             if endpoint in self._peers:
+                message.load = load
                 self._send(self._peers[endpoint], Kind.EVENTS, message)
         self._series.set_open_requests(len(self._calls))
 
     def _count(self, call: _Call, event: RequestEvent) -> None:
         progress = call.running[event.request_id]
-        progress.num_output_tokens = event.index + len(event.token_ids)
+        num_output_tokens = event.index + len(event.token_ids)
+        self._num_tokens += num_output_tokens - progress.num_output_tokens
+        progress.num_output_tokens = num_output_tokens
         progress.num_cached_tokens = event.num_cached_tokens
         if event.finish_reason is None:
             return
         del self._calls[event.request_id]
         del call.running[event.request_id]
+        self._num_tokens -= progress.num_tokens
         call.ended.append(
             Ended(
                 event.request_id,
@@ -228,6 +261,9 @@ class EngineReplica:
             )
         )
         self._close_if_complete(call)
+
+    def _load(self) -> Load:
+        return self._idle.plus(self._num_tokens, len(self._calls))
 
     def _close_if_complete(self, call: _Call) -> None:
         if not call.running and not call.done.done():
@@ -242,6 +278,7 @@ class EngineReplica:
             if not call.done.done():
                 call.done.set_result(cause)
         self._calls.clear()
+        self._num_tokens = 0
         self._series.set_open_requests(0)
         if self._event_loop is not None:
             self._event_loop.call_later(EXIT_DELAY_S, self._exit)
@@ -288,13 +325,14 @@ class EngineReplica:
         """Ingresses take a replica that says nothing for long for lost; steps may take long, or give them nothing."""
         while True:
             await asyncio.sleep(ALIVE_PERIOD_S)
+            self._series.set_load(self._load().share)
             try:
                 self._engine.check_health()
             except EngineDead:
                 continue  # what the scheduler thread does not look after had better go elsewhere
-            for peer in {call.peer.endpoint: call.peer for call in self._calls.values()}.values():
-                if self._peers.get(peer.endpoint) is peer:
-                    self._send(peer, Kind.ALIVE, None)
+            # Those without requests here too: they choose by the load.
+            for peer in list(self._peers.values()):
+                self._send(peer, Kind.ALIVE, self._load())
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         """Such a task ends by a bug alone; without it aborts would not be heard."""

@@ -38,6 +38,8 @@ class RequestBody(BaseModel):
 
     # Fields of the same API elsewhere that are not honoured here, with the reason.
     refused: ClassVar[dict[str, str]] = {}
+    # Fields that are read and change nothing, with the reason why that is true to what they ask for.
+    tolerated: ClassVar[dict[str, str]] = {}
     # Lists and objects that are counted before their entries are looked at: an error per entry of a large body takes
     # minutes and gigabytes.
     max_entries: ClassVar[dict[str, int]] = {}
@@ -50,6 +52,8 @@ class RequestBody(BaseModel):
             for name, limit in cls.max_entries.items():
                 if isinstance(entries := value.get(name), list | dict):
                     check_entries(name, entries, limit, param=name)
+            # null is "not given", of a refused field too.
+            return {name: entry for name, entry in value.items() if entry is not None or name not in cls.refused}
         return value
 
     @classmethod

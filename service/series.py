@@ -15,6 +15,7 @@ from engine.msa.plan import IndexPlan, Role
 from engine.types import EngineInfo, FinishReason
 from service import metrics
 from service.metrics import Histogram
+from service.routing import Choice
 
 # A busy engine publishes this often, an idle one at once.
 PUBLISH_PERIOD_S = 0.5
@@ -92,6 +93,7 @@ class EngineSeries:
             "batch_size": metrics.ITERATION_REQUESTS.labels(*labels),
         }
         self._open = metrics.OPEN_REQUESTS.labels(*labels)
+        self._load = metrics.ENGINE_LOAD.labels(*labels)
         self._deaths = metrics.ENGINE_DEATHS.labels(*labels)
         self._dropped_controls = metrics.DROPPED_MESSAGES.labels(model_name, "control")
         self._dropped_replies = metrics.DROPPED_MESSAGES.labels(model_name, "replies")
@@ -162,6 +164,9 @@ class EngineSeries:
         grow(metrics.INDEX_GUARD_TRIPS, stats.guard_trips)
         grow(metrics.PAGE_CHECK_FAILURES, stats.page_check_failures)
         grow(metrics.NOT_FINITE, stats.not_finite)
+        grow(metrics.NOT_GUIDED, stats.not_guided)
+        grow(metrics.GUIDED_TOKENS, stats.guided_tokens)
+        grow(metrics.MASK_SECONDS, stats.mask_s)
         for rank, times in stats.ranks.items():
             grow(metrics.RANK_FORWARD_SECONDS, times.forward_s, str(rank))
             grow(metrics.RANK_COLLECTIVE_SECONDS, times.collective_s, str(rank))
@@ -191,6 +196,10 @@ class EngineSeries:
             self._num_open = count
             self._open.set(count)
 
+    def set_load(self, share: float) -> None:
+        """How full the replica is; 1: full."""
+        self._load.set(share)
+
     def count_death(self) -> None:
         """The worker group was lost."""
         self._deaths.inc()
@@ -211,6 +220,8 @@ class IngressSeries:
         self._e2e = metrics.E2E_REQUEST_LATENCY.labels(model_name)
         self._delivered = metrics.DELIVERED_TOKENS.labels(model_name)
         self._tokenize = metrics.TOKENIZE_SECONDS.labels(model_name)
+        self._grammar = metrics.GRAMMAR_SECONDS.labels(model_name)
+        self._grammars = {hit: metrics.GRAMMARS.labels(model_name, "hit" if hit else "miss") for hit in (True, False)}
         self._submit = metrics.SUBMIT_REQUESTS.labels(model_name)
         self._failover = metrics.FAILOVER_SECONDS.labels(model_name)
         self._given_up = metrics.GIVEN_UP.labels(model_name)
@@ -220,6 +231,7 @@ class IngressSeries:
         self._failovers = {
             cause: metrics.FAILOVERS.labels(model_name, cause) for cause in ("replica_lost", "events_lost")
         }
+        self._routed = {choice: metrics.ROUTED_REQUESTS.labels(model_name, choice) for choice in Choice}
         self._ended = {
             reason.value: metrics.REQUEST_SUCCESS.labels(model_name, reason.value) for reason in FinishReason
         }
@@ -252,6 +264,10 @@ class IngressSeries:
         """A stream that had lost its replica goes on."""
         self._failover.observe(seconds)
 
+    def count_routed(self, choice: Choice) -> None:
+        """A replica was chosen for a request."""
+        self._routed[choice].inc()
+
     def count_given_up(self) -> None:
         """A request was resubmitted as often as allowed."""
         self._given_up.inc()
@@ -276,6 +292,14 @@ class IngressSeries:
     def observe_submit(self, num_requests: int) -> None:
         """A submit left for a replica."""
         self._submit.observe(num_requests)
+
+    def count_grammar(self, *, hit: bool) -> None:
+        """A request's text has to match a grammar. hit: it was compiled already."""
+        self._grammars[hit].inc()
+
+    def observe_grammar(self, seconds: float) -> None:
+        """A grammar was compiled."""
+        self._grammar.observe(seconds)
 
     def observe_tokenize(self, seconds: float) -> None:
         """The texts of one HTTP request were encoded."""

@@ -10,7 +10,7 @@ import re
 from dataclasses import MISSING, fields
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.config import EngineConfig
@@ -47,6 +47,8 @@ class ServiceSettings(BaseSettings):
     max_model_len: int | None = _engine("max_model_len")
     max_num_seqs: int = _engine("max_num_seqs")
     max_num_batched_tokens: int = _engine("max_num_batched_tokens")
+    max_num_prefill_tokens: int | None = _engine("max_num_prefill_tokens")
+    long_prefill_token_threshold: int | None = _engine("long_prefill_token_threshold")
     num_pages: int | None = _engine("num_pages")
     memory_fraction: float | None = _engine("memory_fraction")
     kv_cache_dtype: str = _engine("kv_cache_dtype")
@@ -83,7 +85,43 @@ class ServiceSettings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="address of the HTTP server (CLI; Serve YAML has its own)")
     port: int = Field(default=8000, ge=0, le=65535, description="port of the HTTP server; 0: any free one (CLI)")
-    replicas: int = Field(default=1, ge=1, description="engine replicas, each with its own worker group")
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        description="engine replicas, each with its own worker group; with max_replicas and no min_replicas: at least",
+    )
+    min_replicas: int | None = Field(
+        default=None, ge=1, description="engine replicas at least, with max_replicas; default: replicas"
+    )
+    max_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        validate_default=True,
+        description="engine replicas at most: Serve adds and removes some by their load; default: always replicas",
+    )
+    target_tokens_per_replica: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of running and waiting requests, prompt and output, at which a replica is full, as it is "
+        "with max_num_seqs requests; default: 0.7 of its KV pages",
+    )
+    upscale_delay_s: float = Field(
+        default=30.0, ge=0, description="how long the load must ask for more replicas before some are added"
+    )
+    downscale_delay_s: float = Field(
+        default=600.0, ge=0, description="how long the load must ask for fewer replicas before some finish and go"
+    )
+    prefix_routing: bool = Field(
+        default=True,
+        description="a request goes to the replica that holds its prefix unless that one is overloaded; off: to the "
+        "one with fewer open calls of two that chance picks",
+    )
+    prefix_routing_slack: float = Field(
+        default=0.25,
+        ge=0,
+        description="the share of its target_tokens_per_replica or max_num_seqs by which a replica may be fuller than "
+        "the least loaded one and still get requests for the prefix that it holds",
+    )
     ingress_replicas: int = Field(default=1, ge=1, description="HTTP front processes")
     metrics_port: int = Field(
         default=9400, ge=0, le=65535, description="port of the Prometheus exporter; 0: any free one (CLI)"
@@ -173,6 +211,17 @@ class ServiceSettings(BaseSettings):
                 raise ValueError(f"an origin is SCHEME://HOST, with a port if need be and nothing after it: {origin}")
         return value
 
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_the_fewest(cls, value: int | None, info: ValidationInfo) -> int | None:
+        fewest = info.data.get("min_replicas")
+        if value is None and fewest is not None:
+            raise ValueError(f"must be set where min_replicas ({fewest}) is")
+        name = "replicas" if fewest is None else "min_replicas"
+        if value is not None and value < info.data.get(name, 1):
+            raise ValueError(f"must be at least {name} ({info.data[name]})")
+        return value
+
     def engine_config(self) -> EngineConfig:
         """The engine's share of the settings, checked. Raises ConfigError."""
         return EngineConfig(**{name: getattr(self, name) for name in _ENGINE_FIELDS})
@@ -181,6 +230,11 @@ class ServiceSettings(BaseSettings):
     def model_name(self) -> str:
         """The name that clients use."""
         return self.served_model_name or os.path.basename(os.path.normpath(self.model))
+
+    @property
+    def fewest_replicas(self) -> int:
+        """Engine replicas at least."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
 
     @property
     def max_live_requests(self) -> int:

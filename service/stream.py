@@ -11,22 +11,21 @@ import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import ray
 import zmq
 import zmq.asyncio
-from ray.serve.exceptions import BackPressureError
 
 from engine.errors import EngineDead, Overloaded
 from engine.transport import Gate, Kind, bind_pull, encode, new_epoch, new_token
 from engine.types import EngineInfo, EngineRequest, RequestEvent
 from service.batcher import Batcher
-from service.messages import Accepted, StepEvents, Submit, SubmitReply
+from service.messages import Accepted, Load, StepEvents, Submit, SubmitReply
 from service.probe import EngineProbe
+from service.replica_choice import Departure, ReplicaChooser
 from service.replica_table import ReplicaTable
 from service.series import IngressSeries
 from service.settings import ServiceSettings
-from service.submit_batch import SubmitBatch, describe_gap
+from service.submit_batch import SubmitBatch, call_replica, describe_gap
 from service.token_stream import TokenStream
 
 if TYPE_CHECKING:  # at run time only where tracing is on
@@ -42,7 +41,6 @@ LAST_EVENTS_TIMEOUT_S = 2.0
 # the next try doubles up to the limit; such tries are bounded by the stream's deadline, not by the retry limit.
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 1.0
-_reply_decoder = msgspec.msgpack.Decoder(SubmitReply)
 
 
 class EngineClient:
@@ -50,14 +48,12 @@ class EngineClient:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
-        self.series = IngressSeries(settings.model_name, configured_replicas=settings.replicas)
+        self.series = IngressSeries(settings.model_name, configured_replicas=settings.fewest_replicas)
         # Attempt ids are unique over all ingress processes.
         self._client_id = f"{new_epoch():016x}"
         self._epoch = new_epoch()
         self.token = new_token()
-        self._gate = Gate(
-            "events", self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents, Kind.ALIVE: type(None)}
-        )
+        self._gate = Gate("events", self.token, {Kind.ACCEPTED: Accepted, Kind.EVENTS: StepEvents, Kind.ALIVE: Load})
         self._streams: dict[str, TokenStream] = {}
         self._batches: dict[int, SubmitBatch] = {}
         self._context: zmq.Context[Any] = zmq.Context()
@@ -72,7 +68,8 @@ class EngineClient:
     async def start(self, handle: Any) -> None:
         """Bind the event socket and begin to watch the replicas behind `handle` (a Serve DeploymentHandle)."""
         self._handle = handle
-        self._probe = EngineProbe(handle)
+        self._chooser = ReplicaChooser(self._settings, self.series, handle)
+        self._probe = EngineProbe(handle, self._chooser)
         host = self._settings.data_host or ray.util.get_node_ip_address()
         self._socket, self.endpoint = bind_pull(
             zmq.asyncio.Context(self._context), directory=None, name="events", host=host
@@ -176,56 +173,59 @@ class EngineClient:
             stream.trace.begin_attempt(stream.attempt_id, num_resumed_tokens=len(stream.token_ids))
         self._batcher.add(stream)
 
-    def _send(self, streams: list[TokenStream]) -> asyncio.Future[None]:
-        """Start one submit; the future is done when a replica has it, or none will."""
-        on_its_way: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        live = [stream for stream in streams if not stream.ended]
-        if not live:
-            on_its_way.set_result(None)
-            return on_its_way
-        self.num_submits += 1
-        batch = SubmitBatch(self.num_submits, [stream.attempt_id for stream in live], time.monotonic(), on_its_way)
-        self._batches[batch.submit_id] = batch
-        for stream in live:
-            stream.submit_id = batch.submit_id
-        requests = [stream.attempt() for stream in live]
-        self.series.observe_submit(len(requests))
-        batch.call = asyncio.create_task(self._call(batch, requests))
-        return on_its_way
+    def _send(self, streams: list[TokenStream]) -> asyncio.Future[list[None]]:
+        """Start submits for these streams; the future is done when replicas have them, or none will."""
+        departures, unfit = self._chooser.assign([stream for stream in streams if not stream.ended])
+        for stream in unfit:
+            self._cannot_go(stream)
+        return asyncio.gather(*(self._depart(departure) for departure in departures))
 
-    async def _call(self, batch: SubmitBatch, requests: list[EngineRequest]) -> None:
+    def _depart(self, departure: Departure) -> asyncio.Future[None]:
+        """Start one submit."""
+        self.num_submits += 1
+        on_its_way = asyncio.get_running_loop().create_future()
+        batch = SubmitBatch(self.num_submits, departure.attempt_ids, time.monotonic(), on_its_way, departure.tickets)
+        self._batches[batch.submit_id] = batch
+        for stream in departure.streams:
+            stream.submit_id = batch.submit_id
+        requests = [stream.attempt() for stream in departure.streams]
+        self.series.observe_submit(len(requests))
+        submit = Submit(batch.submit_id, self.endpoint, self.token, requests, self._chooser.model, departure.identity)
+        batch.call = asyncio.create_task(self._call(batch, encode(submit), departure.target))
+        return batch.on_its_way
+
+    def _cannot_go(self, stream: TokenStream) -> None:
+        """No replica that runs may take the stream: new ones wait for one that does."""
+        del self._streams[stream.attempt_id]
+        if stream.token_ids:
+            # On other weights or another index plan it would go on as another text.
+            stream.fail(EngineDead("the engines were updated to another model or index plan while the request ran"))
+        elif time.monotonic() >= stream.accept_by_s:
+            stream.fail(stream.late(self._settings))
+        else:
+            self._try_again(stream)
+
+    async def _call(self, batch: SubmitBatch, payload: bytes, target: str | None) -> None:
         """The submit itself: open until all its requests have ended, wherever their events went."""
         try:
-            payload = encode(Submit(batch.submit_id, self.endpoint, self.token, requests))
-            reply = _reply_decoder.decode(await self._submit(payload))
+            reply = await call_replica(self._handle, payload, target)
             if reply.dead is not None:
                 self._lost(batch, reply.dead)
+            elif reply.unfit is not None:
+                self._chooser.described(reply.unfit)
+                for stream in self._take_open(batch):
+                    self._try_again(stream)
             else:
                 await self._settle(batch, reply)
-        except BackPressureError as error:
+        except Overloaded as error:
             for stream in self._take_open(batch):
-                stream.fail(Overloaded(str(error), retry_after_s=1.0))
+                stream.fail(error)
         except Exception as error:
             # Whatever Ray raises for a replica that died or cannot be reached.
             self._lost(batch, f"{type(error).__name__}: {error}")
-        except asyncio.CancelledError:
-            if batch.call is None or batch.call.cancelling():
-                raise
-            # Not by us: Ray says so when the replica's end of the call was cancelled.
-            self._lost(batch, "the call was cancelled")
         finally:
             del self._batches[batch.submit_id]
             batch.release()
-
-    async def _submit(self, payload: bytes) -> bytes:
-        response = self._handle.submit.remote(payload)
-        try:
-            reply: bytes = await response
-        except asyncio.CancelledError:
-            # Otherwise a call that waits for a replica would still reach the next one.
-            response.cancel()
-            raise
-        return reply
 
     def _take_open(self, batch: SubmitBatch) -> list[TokenStream]:
         return [self._streams.pop(name) for name in batch.open_streams(self._streams)]
@@ -300,8 +300,10 @@ class EngineClient:
             if isinstance(body, Accepted):
                 self._accept(header.epoch, body)
                 continue
-            if body is None:
+            if isinstance(body, Load):
+                self._chooser.heard(body)
                 continue
+            self._chooser.heard(body.load)
             # An attempt that was given up may still run, on a replica that stood still for a while.
             unknown = [event.request_id for event in body.events if not self._take(event)]
             self._replicas.abort(header.epoch, unknown)
@@ -311,6 +313,7 @@ class EngineClient:
 
     def _accept(self, epoch: int, accepted: Accepted) -> None:
         self._probe.answered()
+        self._chooser.heard(accepted.load)
         self._replicas.accepted(epoch, accepted)
         batch = self._batches.get(accepted.submit_id)
         if batch is None:
@@ -321,6 +324,7 @@ class EngineClient:
             if (stream := self._streams.get(name)) is not None:
                 stream.num_refused = 0
                 stream.was_accepted = True
+                stream.identity = accepted.identity
                 if stream.trace is not None:
                     stream.trace.accepted(accepted.replica_id)
         # Their callers left before it was known where to send the abort.
@@ -379,7 +383,7 @@ class EngineClient:
         for name, stream in list(waiting.items()):
             if now_s >= stream.accept_by_s:
                 del waiting[name], self._streams[name]
-                stream.fail(self._late(stream))
+                stream.fail(stream.late(self._settings))
                 self._probe.doubt(others=False)
         if not waiting:
             batch.cancel()
@@ -393,8 +397,3 @@ class EngineClient:
             self._replicas.abort(batch.epoch, batch.attempt_ids)
         self._move(batch, cause)
         batch.cancel()
-
-    def _late(self, stream: TokenStream) -> EngineDead:
-        name = "failover_timeout_s" if stream.was_accepted else "submit_timeout_s"
-        limit_s = getattr(self._settings, name)
-        return EngineDead(f"no engine replica accepted the request within {limit_s:g} s ({name})")

@@ -6,11 +6,19 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
+from ray.serve.exceptions import BackPressureError
+
+from engine.errors import EngineDead, Overloaded
 from service.messages import Ended, SubmitReply
+from service.routing import Ticket
 from service.token_stream import TokenStream
 
 log = logging.getLogger(__name__)
+
+_decoder = msgspec.msgpack.Decoder(SubmitReply)
 
 
 @dataclass(slots=True)
@@ -18,14 +26,15 @@ class SubmitBatch:
     """Requests that left together.
 
     attempt_ids: of its requests.  sent_s: time.monotonic().  on_its_way: done when a replica has it, or none will.
-    call: open until all its requests have ended.  epoch, replica_id: of the replica that accepted it; None: none did
-    yet.  num_delivered: tokens of the attempts whose last event came.
+    tickets: of the choice of its replica.  call: open until all its requests have ended.  epoch, replica_id: of the
+    replica that accepted it; None: none did yet.  num_delivered: tokens of the attempts whose last event came.
     """
 
     submit_id: int
     attempt_ids: list[str]
     sent_s: float
     on_its_way: asyncio.Future[None]
+    tickets: list[Ticket] = field(default_factory=list)
     call: asyncio.Task[None] | None = None
     epoch: int | None = None
     replica_id: str | None = None
@@ -33,6 +42,8 @@ class SubmitBatch:
 
     def release(self) -> None:
         """Let the next submit leave."""
+        for ticket in self.tickets:
+            ticket.close()
         if not self.on_its_way.done():
             self.on_its_way.set_result(None)
 
@@ -58,6 +69,24 @@ class SubmitBatch:
                 log.error("attempt %s: %d tokens were delivered, the replica says %s", name, num_tokens, account)
                 wrong += 1
         return wrong
+
+
+async def call_replica(handle: Any, payload: bytes, target: str | None) -> SubmitReply:
+    """Submit through a Serve handle. Raises Overloaded when no replica takes more calls, EngineDead when the replica's
+    end of the call was cancelled, and whatever Ray raises for a replica that died."""
+    response = handle.submit.remote(payload, target=target)
+    try:
+        return _decoder.decode(await response)
+    except BackPressureError as error:
+        raise Overloaded(str(error), retry_after_s=1.0) from error
+    except asyncio.CancelledError as error:
+        # Otherwise a call that waits for a replica would still reach the next one.
+        response.cancel()
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Not by us: Ray says so when the replica's end was cancelled.
+        raise EngineDead("the call was cancelled") from error
 
 
 def describe_gap(stream: TokenStream, account: Ended | None) -> str:

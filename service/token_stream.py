@@ -6,8 +6,9 @@ import asyncio
 import dataclasses
 from typing import TYPE_CHECKING
 
-from engine.errors import M3Error
+from engine.errors import EngineDead, M3Error
 from engine.types import EngineRequest, FinishReason, RequestEvent
+from service.settings import ServiceSettings
 
 if TYPE_CHECKING:  # at run time only where tracing is on
     from service.tracing_ingress import ChoiceTrace
@@ -18,7 +19,8 @@ class TokenStream:
 
     submit_id: of the submit that carries the attempt.  accept_by_s: time.monotonic() by when a replica must have
     accepted it.  num_refused: submits in a row that none accepted.  was_accepted: whether some replica ever did.
-    num_retries: how often a replica that had it was lost.  lost_s: time.monotonic() of that, until it goes on.
+    identity: of the replica that took it last (see Description).  num_retries: how often a replica that had it was
+    lost.  lost_s: time.monotonic() of that, until it goes on.
     """
 
     def __init__(self, request: EngineRequest, max_undelivered_tokens: int, trace: ChoiceTrace | None = None) -> None:
@@ -30,6 +32,7 @@ class TokenStream:
         self.accept_by_s = 0.0
         self.num_refused = 0
         self.was_accepted = False
+        self.identity: str | None = None
         self.num_retries = 0
         self.lost_s: float | None = None
         self.ended = False
@@ -77,6 +80,11 @@ class TokenStream:
             self.ended = True
             self._error = error
             self._wake.set()
+
+    def late(self, settings: ServiceSettings) -> EngineDead:
+        """Why a stream ends whose `accept_by_s` has passed."""
+        name = "failover_timeout_s" if self.was_accepted else "submit_timeout_s"
+        return EngineDead(f"no engine replica accepted the request within {getattr(settings, name):g} s ({name})")
 
     async def next(self) -> RequestEvent:
         """Everything that arrived since the last call, as one event. Waits while there is nothing.

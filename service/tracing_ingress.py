@@ -14,6 +14,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from engine.types import EngineRequest
+from service.protocol import AnswerHead
 from service.settings import ServiceSettings
 from service.tracing_otlp import SCOPE, close_provider, open_provider, parent_of, trace_parent_of
 
@@ -73,11 +74,18 @@ class HttpTrace:
         finally:
             span.end()
 
-    def choices(self, requests: Sequence[EngineRequest], response_id: str) -> list[ChoiceTrace]:
-        """One span per choice, beginning now."""
+    def choices(self, requests: Sequence[EngineRequest], head: AnswerHead) -> list[ChoiceTrace]:
+        """One span per choice, beginning now. head: of the answer that they are part of."""
+        operation = "chat" if head.object.startswith("chat.") else head.object
         return [
             ChoiceTrace(
-                self._tracer, self._context, index, request, model_name=self._model_name, response_id=response_id
+                self._tracer,
+                self._context,
+                index,
+                request,
+                operation=operation,
+                model_name=self._model_name,
+                response_id=head.id,
             )
             for index, request in enumerate(requests)
         ]
@@ -110,14 +118,22 @@ class ChoiceTrace:
     """
 
     def __init__(
-        self, tracer: Tracer, parent: Context, index: int, request: EngineRequest, *, model_name: str, response_id: str
+        self,
+        tracer: Tracer,
+        parent: Context,
+        index: int,
+        request: EngineRequest,
+        *,
+        operation: str,
+        model_name: str,
+        response_id: str,
     ) -> None:
         self._tracer = tracer
         self._span = tracer.start_span(
             "choice",
             parent,
             attributes={
-                "gen_ai.operation.name": "text_completion",
+                "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": "m3serve",
                 "gen_ai.request.model": model_name,
                 "gen_ai.request.max_tokens": request.sampling.max_tokens,

@@ -203,6 +203,16 @@ def _requests(limits: Thresholds) -> Group:
                 f"Foreign messages on the {{{{ $labels.socket }}}} socket of {_WHO}",
                 "They had a wrong token or form and were dropped.",
             ),
+            Alert(
+                "M3TokenMismatches",
+                "critical",
+                increase("m3_token_mismatches_total", MODEL, "15m"),
+                "> 0",
+                "requests",
+                "0m",
+                f"Requests of {_WHO} ended with a wrong number of tokens",
+                "What clients got is not what the engine counted: a bug. Requests: {{ $value | humanize }}.",
+            ),
         ),
     )
 
@@ -240,6 +250,16 @@ def _engines(limits: Thresholds) -> Group:
                 "15m",
                 f"{_SLOT}, has a slow rank",
                 "The others wait {{ $value | humanizePercentage }} of its time for it.",
+            ),
+            Alert(
+                "M3PageCheckFailed",
+                "critical",
+                increase("m3_page_check_failures_total", ENGINE, "15m"),
+                "> 0",
+                "replicas",
+                "0m",
+                f"{_SLOT}, lost count of its KV pages",
+                "It ended itself before a page could get a second owner: a bug. Serve starts another one.",
             ),
         ),
     )

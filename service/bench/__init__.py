@@ -1,1 +1,1 @@
-"""Speed, measured from outside: closed-loop benchmarks of the offline engine and of an HTTP endpoint."""
+"""Speed, measured from outside: benchmarks of kernels, of the engine, and of an HTTP endpoint."""

@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
+from service.settings import ServiceSettings
 from tests.cluster import Cluster, process_exists, wait_until
 
 CALL_TIMEOUT_S = 20.0
@@ -35,14 +36,15 @@ class Group:
 
 
 class Fleet:
-    """The service under test. replicas: how many engine replicas it is to have."""
+    """The service under test. settings: by which it was deployed."""
 
-    def __init__(self, cluster: Cluster, url: str, model_name: str, *, replicas: int, ingress_replicas: int) -> None:
+    def __init__(self, cluster: Cluster, url: str, settings: ServiceSettings) -> None:
         self.url = url
-        self.model_name = model_name
-        self.replicas = replicas
+        self.settings = settings
+        self.model_name = settings.model_name
+        self.replicas = settings.replicas
         self._cluster = cluster
-        self._ingress_replicas = ingress_replicas
+        self._ingress_replicas = settings.ingress_replicas
         self._handle = serve.get_deployment_handle("Engine", APPLICATION)
 
     def groups(self) -> list[Group]:
@@ -140,7 +142,7 @@ def open_fleet(
         **(defaults | settings),
     )
     with cluster.service(chosen) as url:
-        fleet = Fleet(cluster, url, name, replicas=replicas, ingress_replicas=ingress_replicas)
+        fleet = Fleet(cluster, url, chosen)
         fleet.wait_until_whole()
         yield fleet
 

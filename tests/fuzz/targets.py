@@ -30,7 +30,7 @@ from service.auth import ApiKeys
 from service.boundary import Boundary, Policy, read_body
 from service.errors import answer
 from service.limits import BodyBudget, read_timeout
-from service.messages import Abort, Accepted, StepEvents, Submit, SubmitReply
+from service.messages import Abort, Accepted, Load, StepEvents, Submit, SubmitReply
 from service.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest, check_token_ids
 from service.request_body import RequestBody
 from tests.checkpoints import make_checkpoint
@@ -48,7 +48,7 @@ KINDS: dict[int, Any] = {
     Kind.EVENTS: StepEvents,
     Kind.ABORT: Abort,
     Kind.HELLO: int,
-    Kind.ALIVE: type(None),
+    Kind.ALIVE: Load,
     # Not over these sockets but in the same encoding: submits and their replies.
     100: Submit,
     101: SubmitReply,

@@ -18,7 +18,7 @@ from service.bench.floors import H100, M3_RANK, Floor
 from service.bench.gpu_timing import Protocol
 from service.bench.kernel_inputs import Bench
 from service.bench.slice_model import TINY_RANK, SliceFloors
-from tests.cluster import Cluster, free_port, wait_until
+from tests.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 1024
@@ -43,23 +43,6 @@ def test_offline(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "outside_forward" in printed.err
 
 
-def test_http(cluster: Cluster, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = cluster.settings(checkpoint, served_model_name="bench")
-    with cluster.service(settings) as url:
-        sizes = ["--streams", "2", "--requests", "5", "--input-tokens", "12", "--output-tokens", "7"]
-        target = ["--url", f"{url}/v1", "--metrics-url", cluster.metrics_url, "--max-token-id", "400"]
-        target += ["--out", str(tmp_path / "bench.json")]
-        wait_until(lambda: cli.main(["bench", "http", *target, *sizes]) == 0, timeout_s=60, what="a measured run")
-        document = json.loads((tmp_path / "bench.json").read_text())
-        assert cli.main(["bench", "http", *target, "--model", "other"]) == 2
-        assert "--model other" in capsys.readouterr().err
-    assert (document["model"], document["requests"], document["failed"]) == ("bench", 5, 0)
-    assert document["output_tokens_per_s"] * document["wall_s"] == pytest.approx(5 * 7)
-    assert document["total_tokens_per_s"] * document["wall_s"] == pytest.approx(5 * (7 + 12))
-    assert set(document["cpu_s_per_1k_tokens"]) >= {"ingress", "engine"}
-    assert 0 < document["ttft_s"]["median"] <= document["e2e_s"]["median"] <= document["wall_s"]
-
-
 def test_metrics(checkpoint: Path, tmp_path: Path) -> None:
     """The cost is the sum of its parts, each of which was really measured."""
     out = tmp_path / "bench.json"
@@ -71,12 +54,6 @@ def test_metrics(checkpoint: Path, tmp_path: Path) -> None:
         parts_us = [row["counting us"], row["series us"], row["probe us"]]
         assert min(parts_us[:2]) > 0 and row["series max us"] >= row["series us"]
         assert row["cost %"] == pytest.approx(sum(parts_us) / row["step ms"] / 10)
-
-
-def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
-    url = f"http://127.0.0.1:{free_port()}/v1"
-    assert cli.main(["bench", "http", "--url", url]) == 1
-    assert f"error: {url} cannot be measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -24,10 +14,8 @@ from engine.errors import ConfigError
 from service.cli import build_parser, main
 from service.flags import given_settings, make_settings
 from service.settings import ENVIRONMENT_ONLY, ServiceSettings
-from tests.cluster import process_exists, wait_until
-
-START_TIMEOUT_S = 120.0
-ANY_PORTS = ("--port", "0", "--metrics-port", "0", "--ray-metrics-port", "0")
+from tests.cluster import wait_until
+from tests.serve_command import ANY_PORTS, START_TIMEOUT_S, Command
 
 
 def parse(*flags: str) -> dict[str, Any]:
@@ -147,41 +135,6 @@ def test_a_wrong_value_is_quoted_with_its_flag() -> None:
         make_settings(model="m", metrics_port=-1)
 
 
-class Command:
-    """`m3serve serve` in a session of its own, so that what it leaves behind can be found."""
-
-    def __init__(self, *flags: str, **variables: str) -> None:
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli", "serve", *ANY_PORTS, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        self.errors: list[str] = []
-        self.lines: list[str] = []
-        for stream, lines in ((self.process.stderr, self.errors), (self.process.stdout, self.lines)):
-            threading.Thread(target=lambda s, out: out.extend(s), args=(stream, lines), daemon=True).start()
-
-    def descendants(self) -> list[int]:
-        """Pids of everything that this command started, itself included; Ray's daemons keep its session."""
-        pids = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                session = int(stat.read_text().rpartition(")")[2].split()[3])
-                if session == self.process.pid:
-                    pids.append(int(stat.parent.name))
-        return pids
-
-    def end(self) -> None:
-        for pid in [self.process.pid, *self.descendants()]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait(timeout=10.0)
-
-
 @pytest.fixture
 def serve_command() -> Iterator[Any]:
     started: list[Command] = []
@@ -193,47 +146,6 @@ def serve_command() -> Iterator[Any]:
     yield start
     for command in started:
         command.end()
-
-
-def test_serve_says_when_it_is_ready_and_finishes_what_runs_at_sigterm(serve_command: Any, checkpoint: Path) -> None:
-    command = serve_command(
-        "--model", str(checkpoint), "--dtype", "float32", "--served-model-name", "mine", "--index-topk-freq", "2"
-    )
-    wait_until(
-        lambda: bool(command.lines) or command.process.poll() is not None,
-        timeout_s=START_TIMEOUT_S,
-        what="the ready line",
-    )
-    [ready] = command.lines
-    found = re.fullmatch(r"m3serve ready: (http://\S+/v1) model=mine plan=DDFSF metrics=(\S+)\n", ready)
-    assert found, (ready, command.errors)
-    base, metrics = found.groups()
-    pids = command.descendants()
-    assert len(pids) > 5, "the command's own Ray is among its processes"
-
-    with httpx.stream(
-        "POST",
-        f"{base}/completions",
-        json={"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True},
-        timeout=60.0,
-    ) as response:
-        lines = response.iter_lines()
-        texts = [json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"]]
-        running = 'm3_num_requests_running{engine="0",model_name="mine"} 1.0'
-        wait_until(lambda: running in httpx.get(metrics).text, timeout_s=10, what="a step that is told")
-        command.process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    last = json.loads(rest[-2].removeprefix("data: "))["choices"][0]
-    assert last["finish_reason"] == "length", "the stream ran to its end"
-    assert texts
-
-    assert command.process.wait(timeout=60.0) == 0, command.errors
-    deadline_s = time.monotonic() + 10.0
-    while any(map(process_exists, pids)) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    assert [pid for pid in pids if process_exists(pid)] == []
-    assert len(command.lines) == 1, "stdout carries the ready line alone"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the command asks for")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, Logprobs, RequestEvent
-from service.completion import MIN_LOGPROB, Choice, TokenizedPrompt, usage_of
+from service.choice import MIN_LOGPROB, TokenizedPrompt, usage_of
+from service.completion import TextChoice
 from service.errors import GenerationFailed
 from service.protocol import CompletionRequest
 
@@ -26,10 +27,10 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_dir(checkpoint)
 
 
-def make(tokenizer: Tokenizer, *, prompt_token_ids: list[int] | None = None, **fields: Any) -> Choice:
+def make(tokenizer: Tokenizer, *, prompt_token_ids: list[int] | None = None, **fields: Any) -> TextChoice:
     request = CompletionRequest.parse(json.dumps({"prompt": "p", "max_tokens": 64, **fields}).encode())
     prompt = TokenizedPrompt(None, prompt_token_ids or tokenizer.encode("p"), tokenizer)
-    return Choice(0, prompt, request, request.sampling())
+    return TextChoice(0, prompt, request, request.sampling())
 
 
 def event(token_ids: list[int], **fields: Any) -> RequestEvent:

@@ -365,7 +365,7 @@ def test_a_stream_survives_the_death_of_its_replica(
     """Greedy and sampled streams continue token for token; nothing of the dead replica stays."""
     params = [sampling(1, 400), sampling(2, 400, temperature=0.0)]
     prompts = [[5, 6, 7], list(range(30, 200))]
-    settings = cluster.settings(checkpoint, **ENGINE)
+    settings = cluster.settings(checkpoint, served_model_name="plane", **ENGINE)
 
     async def run() -> tuple[list[list[int]], list[int]]:
         async with engine_client(settings, handle) as client:

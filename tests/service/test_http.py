@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
 from engine import LLM, SamplingParams
-from engine.types import Output
+from engine.types import GuidedSpec, Output
 from tests.cluster import Cluster, wait_until
 
 MODEL = "tiny"
@@ -351,6 +353,71 @@ def test_a_long_prompt_is_encoded_beside_the_event_loop(url: str) -> None:
     text = "x = 1\n" * 20_000
     count = httpx.post(f"{url}/tokenize", json={"prompt": text}, timeout=TIMEOUT_S).json()["count"]
     assert count > 20_000
+
+
+# --- text that has to match --------------------------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_response_format_whole_and_streamed(client: openai.OpenAI, url: str, llm: LLM) -> None:
+    schema_format = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    fields = {"model": MODEL, "prompt": PROMPT, "max_tokens": 200, "seed": 4}
+    whole = client.completions.create(**fields, extra_body={"response_format": schema_format}).choices[0]
+    assert whole.finish_reason == "stop"
+    jsonschema.validate(json.loads(whole.text), PERSON)
+    spec = GuidedSpec("json_schema", json.dumps(PERSON))
+    assert whole.text == offline(llm, PROMPT, max_tokens=200, seed=4, guided=spec).text
+    streamed = joined(events(url, **fields, response_format=schema_format))
+    assert (streamed[0], streamed[2]) == (whole.text, "stop")
+    for same in ({"guided_json": PERSON}, {"structured_outputs": {"json": json.dumps(PERSON)}}):
+        choice = post(url, **fields, **same)["choices"][0]
+        jsonschema.validate(json.loads(choice["text"]), PERSON)
+    text = post(url, **fields, response_format={"type": "text"})["choices"][0]["text"]
+    assert text == post(url, **fields)["choices"][0]["text"]
+
+
+def test_every_way_to_say_what_text_has_to_match(url: str) -> None:
+    fields = {"prompt": [PROMPT, "x"], "n": 2, "max_tokens": 60}
+    for given, pattern in (
+        ({"guided_choice": ["left", "right"]}, "left|right"),
+        ({"guided_regex": r"\d{3}-[a-f]+!"}, r"\d{3}-[a-f]+!"),
+        ({"guided_grammar": 'root ::= "<" [xy]{2,5} ">"'}, "<[xy]{2,5}>"),
+        ({"structured_outputs": {"choice": ["\u4e2d", "b c"]}}, "\u4e2d|b c"),
+        ({"structured_outputs": {"grammar": 'start: "a"~2..4'}}, "a{2,4}"),
+        ({"structured_outputs": {"json_object": True}}, r"(?s)\{.*"),
+    ):
+        for choice in post(url, **fields, **given)["choices"]:
+            whole = choice["finish_reason"] == "stop"
+            assert re.fullmatch(pattern, choice["text"]) or (not whole and "choice" not in str(given)), choice
+
+
+def test_what_cannot_be_matched_is_a_400_that_names_the_field(cluster: Cluster, url: str) -> None:
+    def refused(**given: Any) -> tuple[str, str, str]:
+        response = httpx.post(f"{url}/v1/completions", json={"prompt": "a", **given}, timeout=TIMEOUT_S)
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert len(error["message"]) < 700
+        return error["param"], error["code"], error["message"]
+
+    assert refused(guided_regex="(")[:2] == ("guided_regex", "invalid_grammar")
+    impossible = {"type": "object", "properties": {"a": False}, "required": ["a"]}
+    schema_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": impossible}}
+    param, code, message = refused(response_format=schema_format)
+    assert (param, code) == ("response_format", "invalid_grammar") and "Unsatisfiable" in message
+    assert "no text matches" in refused(structured_outputs={"regex": r"[^\s\S]"})[2]
+    assert refused(guided_grammar="x" * 70_000)[:2] == ("guided_grammar", "invalid_value")
+    assert "at most one" in refused(guided_regex="a", guided_choice=["a"])[2]
+    before = {cache: cluster_series(cluster, f'm3_grammars_total{{cache="{cache}"') for cache in ("hit", "miss")}
+    for _ in range(2):
+        post(url, prompt="a", guided_regex="[0-9]{3}x")
+    for cache, count in before.items():
+        assert cluster_series(cluster, f'm3_grammars_total{{cache="{cache}"') == count + 1
 
 
 def test_health_and_readiness(url: str) -> None:

@@ -72,7 +72,9 @@ def test_every_sampling_field_reaches_the_engine() -> None:
     }
     expected = SamplingParams(**{**fields, "logit_bias": {5: -100.0, 6: 1.5}})
     assert accept(**fields).sampling() == expected
-    assert set(fields) == set(SamplingParams.__dataclass_fields__), "a sampling parameter is not in the API"
+    assert set(fields) == set(SamplingParams.__dataclass_fields__) - {"guided"}, (
+        "a sampling parameter is not in the API"
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,7 @@ _BOOLEANS = (
     "return_token_ids",
     "return_tokens_as_token_ids",
 )
+_OBJECTS = ("stream_options", "response_format", "structured_outputs")
 _WRONG_TYPES: list[tuple[str, Any]] = (
     [(name, value) for name in _INTEGERS for value in ("3", 1.5, 3.0, True, [1], {})]
     + [(name, value) for name in _NUMBERS for value in ("0.5", True, [0.5], {})]
@@ -133,7 +136,10 @@ _WRONG_TYPES: list[tuple[str, Any]] = (
     + [("stop", value) for value in (1, True, {}, [1], [["a"]], [None])]
     + [("stop_token_ids", value) for value in (1, "1", ["1"], [1.0], [True], {})]
     + [("logit_bias", value) for value in (1, "1", [1], {"a": 1}, {"1": "1"}, {"1": True}, {"-1": 1}, {"": 1})]
-    + [("stream_options", value) for value in (1, True, "a", [])]
+    + [(name, value) for name in _OBJECTS for value in (1, True, "a", [])]
+    + [(name, value) for name in ("guided_regex", "guided_grammar") for value in (1, True, ["a"], {})]
+    + [("guided_json", value) for value in (1, True, ["a"])]
+    + [("guided_choice", value) for value in (1, True, "a", {})]
 )
 
 
@@ -214,7 +220,7 @@ def test_unknown_fields_are_refused_by_name() -> None:
     error = refuse({"prompt": "a", "tempereture": 1})
     assert error.param == "tempereture" and error.code == "unknown_parameter"
     assert "did you mean 'temperature'" in error.message
-    assert refuse({"prompt": "a", "response_format": {}}).code == "unsupported_parameter"
+    assert refuse({"prompt": "a", "prompt_embeds": "AA=="}).code == "unsupported_parameter"
     nested = refuse({"prompt": "a", "stream": True, "stream_options": {"include_usages": True}})
     assert nested.param == "stream_options.include_usages" and nested.code == "unknown_parameter"
     typed = refuse({"prompt": "a", "stream": True, "stream_options": {"include_usage": "yes"}})

@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.engine import EngineCore
 from engine.executor import Executor, InlineExecutor
 from engine.ray_executor import RayExecutor
-from engine.types import EngineRequest, Logprobs, SamplingParams
+from engine.types import EngineRequest, GuidedSpec, Logprobs, SamplingParams
 from tests.checkpoints import small_engine
 from tests.cluster import Cluster
 
@@ -25,8 +25,10 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 1.0, "seed": 5, "min_tokens": 3},
     {"temperature": 0.0, "logit_bias": {3: 5.0}, "logprobs": 2, "prompt_logprobs": 1},
+    {"temperature": 1.0, "seed": 6, "guided": GuidedSpec("json_object"), "ignore_eos": False, "logprobs": 1},
+    {"temperature": 0.0, "guided": GuidedSpec("regex", r"[a-z]+ \d+"), "ignore_eos": False},
 ]
-SIZES = {"max_model_len": 1024, "max_num_seqs": 8, "index_topk_freq": 2}
+SIZES = {"max_model_len": 1024, "max_num_seqs": 10, "index_topk_freq": 2}
 Answer = tuple[list[int], list[Logprobs]]
 
 

@@ -445,6 +445,8 @@ INTEGERS = {
     "max_model_len": 1,
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
+    "max_num_prefill_tokens": 1,
+    "long_prefill_token_threshold": 0,
     "num_pages": 1,
     "audit_interval": 1,
     "audit_trip_after": 1,
@@ -453,7 +455,10 @@ INTEGERS = {
     "seed": 0,
     "num_threads": 1,
 }
-UNSET = {"max_model_len", "num_pages", "probe_interval", "num_threads"}
+UNSET = {
+    "max_model_len", "max_num_prefill_tokens", "long_prefill_token_threshold", "num_pages", "probe_interval",
+    "num_threads",
+}  # fmt: skip
 CHOICES = ("backend", "dtype", "load_format", "index_reuse", "kv_cache_dtype", "index_cache_dtype")
 
 

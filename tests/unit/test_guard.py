@@ -201,7 +201,7 @@ def test_change_overs_lose_nothing_whatever_runs(seed: int) -> None:
     core, _ = make_core(
         lambda step_id: rng.choice([0.1, 0.1, 0.1, 0.9, 0.9, None]),
         max_in_flight=1 + seed % 2,
-        audit_interval=8 + seed % 3,
+        audit_interval=16 + seed % 3,
         max_num_seqs=4,
     )
     requests = [

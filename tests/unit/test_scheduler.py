@@ -55,6 +55,8 @@ LIMITS = st.fixed_dictionaries(
     {
         "num_pages": st.sampled_from([4, 5, 6, 8, 24]),
         "max_num_batched_tokens": st.sampled_from([9, 64, 128, 257, 2048]),
+        "max_num_prefill_tokens": st.sampled_from([None, 1, 8, 100]),
+        "long_prefill_token_threshold": st.sampled_from([None, 0, 1, 128, 300]),
         "max_num_seqs": st.sampled_from([1, 2, 3, 8]),
         "enable_prefix_caching": st.booleans(),
     }

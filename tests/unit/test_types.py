@@ -56,7 +56,7 @@ def refused(name: str, value: Any, code: str) -> str:
 
 
 def test_the_tables_cover_every_field() -> None:
-    assert {*INTEGERS, *NUMBERS, *FLAGS, *LISTS} == {field.name for field in fields(SamplingParams)}
+    assert {*INTEGERS, *NUMBERS, *FLAGS, *LISTS, "guided"} == {field.name for field in fields(SamplingParams)}
 
 
 @pytest.mark.parametrize("name", INTEGERS)

@@ -1,0 +1,1 @@
+"""From generated text to messages: pure functions and state machines, without I/O."""
