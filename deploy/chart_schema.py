@@ -20,6 +20,8 @@ NAMED = frozenset(
         "model",
         "served_model_name",
         "replicas",
+        "min_replicas",
+        "max_replicas",
         "tensor_parallel_size",
         "backend",
         "dtype",

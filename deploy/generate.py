@@ -9,14 +9,15 @@ from pathlib import Path
 from deploy import chart_schema
 from deploy.grafana import dashboards
 from deploy.prometheus import rules
-from service import metrics_table
+from service import metrics_table, openai_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def generated() -> dict[str, str]:
     """Every generated file: its path in the checkout, and its content."""
-    return metrics_table.generated() | dashboards.generated() | rules.generated() | chart_schema.generated()
+    made = metrics_table.generated() | dashboards.generated() | rules.generated() | chart_schema.generated()
+    return made | openai_table.generated()
 
 
 def stale() -> list[str]:

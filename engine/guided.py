@@ -334,6 +334,10 @@ class GuidedSlots:
         """Free a slot, guided or not."""
         self._guides.pop(slot, None)
 
+    def any_of(self, slots: Sequence[int]) -> bool:
+        """Whether one of `slots` is guided."""
+        return any(slot in self._guides for slot in slots)
+
     def masks(self, slots: Sequence[int]) -> Mask | None:
         """What may come next in the guided ones of `slots`, in their order: int32 [num_guided, words], see Guide.fill.
         None when none is guided. Waits for the tokens that they have sampled."""

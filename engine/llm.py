@@ -114,7 +114,7 @@ class LLM:
         params = [sampling] * count if isinstance(sampling, SamplingParams) else list(sampling)
         if len(params) != count:
             raise RequestError(f"{count} prompts need as many sampling params, got {len(params)}", param="sampling")
-        for spec in {each.guided for each in params} - {None}:
+        for spec in {each.guided for each in params if each.guided is not None}:
             guided.check(spec)
         return [
             each if each.seed is not None else dataclasses.replace(each, seed=secrets.randbits(63)) for each in params

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import collectives, devices, self_test, vocab_parallel
+from engine import collectives, devices, self_test
 from engine.batches import Resident, SlotTables
 from engine.capacity import Footprint, stored_formats, useful_pages
 from engine.config import PAGE_SIZE, EngineConfig, ModelConfig, read_json, resolve_model
@@ -30,6 +30,7 @@ from engine.model.loading import load_model
 from engine.model.minimax_m3 import MiniMaxM3
 from engine.model.weights import DummyWeights, WeightSource
 from engine.msa.audit import PendingOverlap
+from engine.next_tokens import NextTokens
 from engine.parallel import TensorParallel
 from engine.probes import LayerProbe, Mark, hold, mark
 from engine.sampler import PendingLogprobs, SamplerState, pending_logprobs
@@ -159,9 +160,11 @@ class ModelRunner:
         if self.device.type == "cuda":
             grammars.warm()
         self._guided = GuidedSlots(grammars)
-        self._vocab_share = self.parallel.vocab_share(self.model_config.vocab_size)
         max_pages = -(-self.max_model_len // PAGE_SIZE)
         self._tables = SlotTables(config.max_num_seqs, max_pages, self.device)
+        self._next_tokens = NextTokens(
+            self.model_config.vocab_size, self.parallel, self._sampler, self._guided, self._tables, kernels.decode
+        )
         useful = useful_pages(config.max_num_seqs, self.max_model_len)
         budget = pool_bytes(self.device, self._footprint(), config.memory_fraction)
         return RankProposal(min(useful, budget // self.model.page_bytes()))
@@ -224,6 +227,7 @@ class ModelRunner:
             decode = self.model.kernels.decode
             if self.device.type == "cuda":
                 warm_up(self.model, config.max_num_batched_tokens, self.max_model_len)
+                self._next_tokens.warm_up(self.model.dtype)
                 if decode is not None and not config.enforce_eager:
                     self._graphs = DecodeGraphs(self.model, decode, self._tables, self.max_model_len, self._plans)
         is_async = self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
@@ -324,7 +328,7 @@ class ModelRunner:
         logits, computed, reused = self._graphs.replay(slots, positions, temperatures, keys)
         tokens = self._graphs.tokens[: len(slots)]
         if shaped:
-            tokens = self._resample(tokens, logits, slots, sampled_at, shaped)
+            tokens = self._next_tokens.resample(tokens, logits, slots, sampled_at, shaped)
         return self._answer(plan, range(len(slots)), tokens, logits, [], None, (computed, reused), started)
 
     def _eager(self, plan: StepPlan) -> _Launched:
@@ -345,41 +349,14 @@ class ModelRunner:
         if sampling:
             last = to_device([batch.query_starts[i + 1] - 1 for i in sampling], torch.int64, self.device)
             logits = self.model.logits_share(hidden.index_select(0, last))
-            tokens = self._sample(logits, [slots[i] for i in sampling], [batch.seq_lens_host[i] for i in sampling])
+            tokens = self._next_tokens.sample(
+                logits, [slots[i] for i in sampling], [batch.seq_lens_host[i] for i in sampling]
+            )
         scores = self._score_prompts(plan.rows, hidden, batch)
         self.parallel.probe = None
         if plan.probe:
             self._probed_launch_s = time.perf_counter() - entered_s
         return self._answer(plan, sampling, tokens, logits, scores, probe, counts, started)
-
-    def _sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
-        """int64 [len(slots)], the next tokens, which the device keeps for the step after this one.
-
-        logits: [len(slots), vocab / ranks], of this rank's share.
-        """
-        if (share := self._vocab_share) is None:
-            return self._sample_whole(logits, slots, positions)
-        temperatures, keys, shaped = self._sampler.free_draws(slots, positions)
-        tokens = vocab_parallel.draw(logits.float(), share.first_id, temperatures, keys, share.gather)
-        self._tables.keep(slots, tokens)
-        return self._resample(tokens, logits, slots, positions, shaped) if shaped else tokens
-
-    def _resample(
-        self, tokens: Tensor, logits: Tensor, slots: list[int], positions: list[int], rows: list[int]
-    ) -> Tensor:
-        """`tokens`, with those of `rows` as their whole logits and all their parameters give them."""
-        picked = to_device(rows, torch.int64, self.device)
-        whole = self.parallel.all_gather_last(logits.index_select(0, picked))
-        found = self._sample_whole(whole, [slots[i] for i in rows], [positions[i] for i in rows])
-        return tokens.index_copy(0, picked, found)
-
-    def _sample_whole(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
-        masks = self._guided.masks(slots)
-        on_device = None if masks is None else to_device(masks, torch.int32, self.device)
-        tokens = self._sampler.sample(logits.float(), slots, positions, on_device)
-        self._sampler.append(slots, tokens)
-        self._tables.keep(slots, tokens)
-        return tokens
 
     def _answer(
         self,

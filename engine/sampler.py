@@ -159,18 +159,25 @@ class SamplerState:
         Temperature 0 is greedy."""
         temperatures, keys, shaped = [], [], []
         for i, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-            state = self._at(slot)
-            params = state.sampling
-            masked = bool(state.stop_ids) and position - state.prompt_len < params.min_tokens
-            truncated = params.top_p < 1.0 or 0 < params.top_k < self.vocab_size or params.min_p > 0.0
-            is_greedy = params.is_greedy
-            is_guided = params.guided is not None
-            if is_guided or masked or params.has_penalties or params.logit_bias or (truncated and not is_greedy):
+            draw = None if self._at(slot).sampling.guided is not None else self.free_draw(slot, position)
+            if draw is None:
                 shaped.append(i)
-                is_greedy = True
-            temperatures.append(0.0 if is_greedy else max(params.temperature, MIN_TEMPERATURE))
-            keys.append(0 if is_greedy else noise_key(params.seed or 0, position))
+                draw = 0.0, 0
+            temperatures.append(draw[0])
+            keys.append(draw[1])
         return temperatures, keys, shaped
+
+    def free_draw(self, slot: int, position: int) -> tuple[float, int] | None:
+        """(temperature, noise key) of a row, its mask aside; None when more than that shapes it."""
+        state = self._at(slot)
+        params = state.sampling
+        masked = bool(state.stop_ids) and position - state.prompt_len < params.min_tokens
+        truncated = params.top_p < 1.0 or 0 < params.top_k < self.vocab_size or params.min_p > 0.0
+        if masked or params.has_penalties or params.logit_bias or (truncated and not params.is_greedy):
+            return None
+        if params.is_greedy:
+            return 0.0, 0
+        return max(params.temperature, MIN_TEMPERATURE), noise_key(params.seed or 0, position)
 
     def _sample_edited(
         self,

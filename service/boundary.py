@@ -39,8 +39,8 @@ MAX_REQUEST_ID_CHARS = 128
 # A client that stalls in the middle of its body would hold a request slot for ever.
 BODY_TIMEOUT_S = 60.0
 DEADLINE_MESSAGE = "the request took longer than it may: see x-request-timeout-seconds and request_timeout_s"
-# Probes have no key.
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
+# Probes have no key, nor has a browser that opens the page: its own requests have.
+PUBLIC_PATHS = frozenset({"/", "/health", "/ready"})
 _JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 
 

@@ -108,6 +108,9 @@ def _read_content(where: str, content: Any) -> str:
         _refuse(where, f"{where} must be a string or a list of parts, got {quote(content)}", code="invalid_type")
     texts = []
     for i, value in enumerate(_list(where, content, MAX_PARTS)):
+        if type(value) is dict and value.get("type") == "text" and type(value.get("text")) is str:
+            texts.append(value["text"])
+            continue
         part = _object(f"{where}[{i}]", value)
         kind = _text(f"{where}[{i}].type", part.get("type"))
         if kind != "text":

@@ -15,7 +15,7 @@ from service.chat_messages import Message, read_messages, read_tools
 from service.chat_template import check_variables
 from service.errors import renamed
 from service.parsers.arguments import Schema
-from service.protocol import AnswerHead, GenerationRequest
+from service.protocol import AnswerHead, GenerationRequest, Usage
 from service.request_body import quote
 
 MAX_TEMPLATE_KWARGS = 64
@@ -325,6 +325,7 @@ class ChatCompletion(AnswerHead, kw_only=True):
 
     object: str = "chat.completion"
     choices: list[ChatChoice]
+    usage: Usage | UnsetType | None = UNSET
 
 
 class ChatCompletionChunk(AnswerHead, kw_only=True):
@@ -332,3 +333,4 @@ class ChatCompletionChunk(AnswerHead, kw_only=True):
 
     object: str = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET

@@ -38,6 +38,7 @@ from service.generation import GenerationRun
 from service.grammar_check import GrammarCheck
 from service.limits import MAX_BODIES_IN_FLIGHT, BodyBudget, check_prompt_logprobs, check_request_tokens
 from service.openapi import openapi_document
+from service.playground import Playground
 from service.protocol import (
     Completion,
     CompletionRequest,
@@ -157,6 +158,7 @@ class Ingress:
         self._series = self._client.series
         self._chat = Chat(settings.model, self._tokenizer)
         self._grammar_check = GrammarCheck(settings.model, self._tokenizer, self._series)
+        self._playground = Playground(settings)
         await self._client.start(engine)
 
     async def __del__(self) -> None:
@@ -300,6 +302,16 @@ class Ingress:
             len(body.tokens) > INLINE_ENCODE_CHARS,
             lambda: _json(Detokenized(self._tokenizer.decode(body.tokens, skip_special_tokens=False))),
         )
+
+    @app.get("/")
+    async def page(self) -> Response:
+        """A page to try the model, where enable_playground is set."""
+        return self._playground.page()
+
+    @app.get("/playground/layers")
+    async def layers(self) -> Response:
+        """For that page: what the index cache did, by layer."""
+        return await self._playground.layers()
 
     @app.get("/openapi.json")
     async def openapi(self) -> Response:

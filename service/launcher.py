@@ -72,6 +72,8 @@ def launch(settings: ServiceSettings, plan: str, *, ray_address: str | None) -> 
                 metrics = f"http://{_reachable(settings.host)}:{settings.metrics_port}/metrics"
                 name = settings.model_name
                 print(f"m3serve ready: {base} model={name} plan={plan} metrics={metrics}", flush=True)
+                if settings.enable_playground:
+                    _say(f"playground: {_base_url(settings)}/")
                 while not signals.stop.wait(timeout=WATCH_PERIOD_S):
                     _application_status()
             _say("stopping: finishing what runs (Ctrl-C again to cut it off)")
@@ -129,7 +131,7 @@ def _ray(settings: ServiceSettings, address: str | None, signals: _Signals) -> I
     _say("starting Ray")
     # Nothing about a private cluster is reported to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    wanted_cpus = settings.replicas * (1 + settings.tensor_parallel_size) + settings.ingress_replicas
+    wanted_cpus = settings.most_replicas * (1 + settings.tensor_parallel_size) + settings.ingress_replicas
     # Unix socket paths are limited to 107 characters: the directory's name must be short.
     directory = tempfile.mkdtemp(prefix="m3-", dir="/tmp")
     try:
@@ -161,11 +163,11 @@ def _ray(settings: ServiceSettings, address: str | None, signals: _Signals) -> I
 def _check_gpus(settings: ServiceSettings) -> None:
     """ConfigError when this machine lacks the GPUs of a private cluster's ranks: nobody else will bring them."""
     cluster = ray.cluster_resources()
-    ranks = settings.replicas * settings.tensor_parallel_size
+    ranks = settings.most_replicas * settings.tensor_parallel_size
     needed = ranks * rank_resources(settings.backend, cluster).get("GPU", 0.0)
     if needed > (there := cluster.get("GPU", 0.0)):
         raise ConfigError(
-            f"backend={settings.backend} needs a GPU for each of {settings.replicas} replicas x "
+            f"backend={settings.backend} needs a GPU for each of {settings.most_replicas} replicas x "
             f"{settings.tensor_parallel_size} ranks, and this machine has {there:.0f}; backend=torch runs on CPU"
         )
 

@@ -17,7 +17,9 @@ from service.settings import ServiceSettings
 def model_identity(settings: ServiceSettings) -> str:
     """Of the served name and the tokenizer: token ids mean the same wherever it is the same."""
     digest = hashlib.sha256(settings.model_name.encode())
-    digest.update(b"\0" + (Path(settings.model) / "tokenizer.json").read_bytes())
+    # Engines alone do without.
+    file = Path(settings.model) / "tokenizer.json"
+    digest.update(b"\0" + file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()
 
 

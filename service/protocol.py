@@ -105,13 +105,17 @@ class CompletionRequest(GenerationRequest):
     refused: ClassVar[dict[str, str]] = {
         **GenerationRequest.refused,
         "prompt_embeds": "prompts are text or token ids",
+        "suffix": "the model does not fill in the middle",
+    }
+    tolerated: ClassVar[dict[str, str]] = {
+        **GenerationRequest.tolerated,
+        "best_of": "only the value of `n` is accepted: candidates are not ranked",
     }
 
     prompt: list[Any]  # of str, or of list[int]: every accepted form becomes a list of prompts
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
-    suffix: str | None = None
     prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
 
@@ -138,12 +142,6 @@ class CompletionRequest(GenerationRequest):
             raise RequestError(
                 f"best_of must be equal to n ({n}) or absent: candidates are not ranked; got {self.best_of}",
                 param="best_of",
-                code="unsupported_parameter",
-            )
-        if self.suffix is not None:
-            raise RequestError(
-                "suffix is not supported: the model does not fill in the middle",
-                param="suffix",
                 code="unsupported_parameter",
             )
         if self.stream and self.prompt_logprobs is not None:
@@ -299,14 +297,13 @@ class CompletionChoice(msgspec.Struct):
 
 
 class AnswerHead(msgspec.Struct, kw_only=True):
-    """What the answers of all routes that generate begin with, and their chunks. Each of them adds its `choices`."""
+    """How the answers of all routes that generate begin, and their chunks. Each adds its `choices` and the `usage`."""
 
     id: str
     object: str
     created: int
     model: str
     system_fingerprint: str
-    usage: Usage | UnsetType | None = UNSET
 
 
 class Completion(AnswerHead, kw_only=True):
@@ -314,6 +311,7 @@ class Completion(AnswerHead, kw_only=True):
 
     object: str = "text_completion"
     choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

@@ -49,6 +49,7 @@ class ReplicaChooser:
         self._series = series
         self._handle = handle
         self._by_prefix = settings.prefix_routing
+        self._num_keys = None if settings.enable_prefix_caching else 0
         self._table = RoutingTable(
             self.model, idle_load(settings, "", UNKNOWN_KV_TOKENS), slack=settings.prefix_routing_slack
         )
@@ -98,7 +99,7 @@ class ReplicaChooser:
         if keys is None:
             # Choices of one request share their prompt.
             keys = known[id(prompt)] = page_keys(prompt)
-        ticket = self._table.choose(token_ids, keys, fits)
+        ticket = self._table.choose(token_ids, keys[: self._num_keys], fits)
         if ticket is not None:
             self._series.count_routed(ticket.choice)
         return ticket

@@ -101,6 +101,7 @@ class EngineSeries:
         self._num_open = 0
         self._cpu = CpuSeries("engine")
         self._open.set(0)
+        self._load.set(0)
         self._describe(labels, info, load_s)
         # Every series is there from the start, at 0: a rate needs a value to grow from.
         self.publish(EngineStats(blank_pages=info.num_pages))

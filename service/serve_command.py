@@ -32,6 +32,9 @@ examples:
   m3serve serve                                    the demo checkpoint m3-nano, on CPU
   m3serve serve --model /models/MiniMax-M3 --tensor-parallel-size 8
   m3serve serve --model DIR --index-topk-freq 4    one sparse layer in four selects, the others reuse
+  m3serve serve --model DIR --min-replicas 1 --max-replicas 4
+                                                   engine replicas are added when those that run are full
+                                                   (--target-tokens-per-replica), and removed again
   m3serve serve --model DIR --ray-address auto     join the Ray cluster that runs on this machine
   RAY_SERVE_ENABLE_HA_PROXY=1 m3serve serve        HAProxy in front, not Serve's Python proxy: less CPU
                                                    per token; it also listens on ports 8404 and 9101
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             "port": free_port("--port", settings.host, settings.port),
             "metrics_port": free_port("--metrics-port", settings.host, settings.metrics_port),
             "ray_metrics_port": _ray_metrics_port(settings, args.ray_address),
+            "enable_playground": _has_playground(settings),
         }
     )
     launcher = importlib.import_module("service.launcher")
@@ -105,6 +109,12 @@ def check(settings: ServiceSettings) -> IndexPlan:
     if note is not None:
         say(note[1])
     return knobs.build_plan(model.is_sparse)
+
+
+def _has_playground(settings: ServiceSettings) -> bool:
+    """Unless it is said: where only this machine's own people come."""
+    given = settings.enable_playground
+    return settings.host in LOOPBACK if given is None else given
 
 
 def _ray_metrics_port(settings: ServiceSettings, ray_address: str | None) -> int:

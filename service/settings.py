@@ -196,6 +196,11 @@ class ServiceSettings(BaseSettings):
         description="origins whose pages may use the API from a browser, as https://app.example.com; *: all",
     )
     enable_docs: bool = Field(default=False, description="serve the OpenAPI document at /openapi.json")
+    enable_playground: bool | None = Field(
+        default=None,
+        description="serve a page at / to try the model, and what it shows of the index cache at /playground/layers. "
+        "default: off; with m3serve serve, on where the HTTP server listens on loopback alone",
+    )
 
     @field_validator("cors_allow_origins", mode="before")
     @classmethod
@@ -230,6 +235,11 @@ class ServiceSettings(BaseSettings):
     def model_name(self) -> str:
         """The name that clients use."""
         return self.served_model_name or os.path.basename(os.path.normpath(self.model))
+
+    @property
+    def most_replicas(self) -> int:
+        """Engine replicas at most."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
 
     @property
     def fewest_replicas(self) -> int:

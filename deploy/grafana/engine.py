@@ -5,6 +5,7 @@ from __future__ import annotations
 from deploy.grafana.spec import (
     ENGINE,
     IDLE,
+    MODEL,
     RANGE,
     WINDOW,
     Dashboard,
@@ -197,6 +198,30 @@ def _queue() -> tuple[Panel, ...]:
     )
 
 
+def _load() -> tuple[Panel, ...]:
+    load = _gauge("m3_engine_load", "max")
+    return (
+        Panel(
+            Kind.TIME_SERIES,
+            "Load",
+            "Tokens of open requests per target_tokens_per_replica, or open requests per max_num_seqs if that is more: "
+            "a replica at 1 is full. The sum, rounded up, is how many replicas autoscaling wants.",
+            "none",
+            (Query(load, _LEGEND), Query(aggregate("sum", "", load), "sum")),
+            width=12,
+        ),
+        Panel(
+            Kind.TIME_SERIES,
+            "Choice of replica",
+            "Requests per second by why their replica was chosen: prefix, it holds the longest known prefix; "
+            "overloaded, that one had too much to do; balanced, none holds a prefix.",
+            "reqps",
+            (Query(rate("m3_routed_requests_total", "choice", WINDOW, *MODEL), "{{choice}}"),),
+            width=12,
+        ),
+    )
+
+
 def _pages() -> tuple[Panel, ...]:
     hits = rate("m3_prefix_cache_hits_total", "engine", WINDOW, *ENGINE)
     queries = rate("m3_prefix_cache_queries_total", "engine", WINDOW, *ENGINE)
@@ -292,6 +317,7 @@ DASHBOARD = Dashboard(
         Row("Replicas", _replicas()),
         Row("Steps", _steps()),
         Row("Queue", _queue()),
+        Row("Load and routing", _load()),
         Row("Pages and prefix cache", _pages()),
         Row("Ranks, on probed steps", _ranks()),
     ),

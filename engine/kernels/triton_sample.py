@@ -58,11 +58,11 @@ def _relative(x, best, temperature):
 
 @triton.jit(do_not_specialize=["first_id"])
 def _chunk_kernel(
-    logits_ptr, temperature_ptr, keys_ptr, found_ptr, logits_stride, vocab, first_id,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, temperature_ptr, keys_ptr, found_ptr, masks_ptr, logits_stride, masks_stride, vocab, first_id,
+    CHUNK: tl.constexpr, MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, rows). found: int32 [3, rows, chunks], the bits of a chunk's largest logit (NaN if one is not
-    finite) and of its winner's, and the winner's token id."""
+    finite) and of its winner's, and the winner's token id. A chunk of which the mask leaves nothing finds -inf."""
     if PDL:
         gdc_launch_dependents()
     chunk, row = tl.program_id(0), tl.program_id(1)
@@ -71,11 +71,18 @@ def _chunk_kernel(
     lowest = float("-inf")
     x = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + place, mask=inside, other=0.0).to(tl.float32)
     broken = tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 0) != 0
+    if MASKED:
+        token = first_id + place
+        word = tl.load(masks_ptr + row.to(tl.int64) * masks_stride + (token >> 5), mask=inside, other=0)
+        inside = inside & (((word >> (token & 31)) & 1) != 0)
     x = tl.where(inside, x, lowest)
     best = tl.max(x, 0)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0:
-        score = _relative(x, best, tl.maximum(temperature, _MIN_TEMPERATURE))
+        reference = best
+        if MASKED:
+            reference = tl.where(best == lowest, 0.0, best)
+        score = _relative(x, reference, tl.maximum(temperature, _MIN_TEMPERATURE))
         score += gumbel_noise(tl.load(keys_ptr + row), first_id + place)
     else:
         score = x
@@ -151,13 +158,17 @@ def sample(
     last_tokens: Tensor,
     slots: Tensor,
     share: VocabShare | None = None,
+    masks: Tensor | None = None,
 ) -> None:
-    """The next token of each row, as engine/sampler.py draws it where nothing edits or truncates the logits.
+    """The next token of each row, as engine/sampler.py draws it where nothing but `masks` edits or truncates the
+    logits.
 
     logits: [num_rows, vocab] of any floating dtype; with `share`, of its part of the vocabulary.
     temperature: float32 [num_rows], 0: greedy.  keys: int64 [num_rows], of noise.noise_key.  out: int64 [num_rows],
     gets the token, or NOT_FINITE.  last_tokens: int64 [max_num_seqs]; a row's token goes to slots [num_rows] of it too,
     unless the row is NOT_FINITE.  share: every rank has to call, and all get the same tokens.
+    masks: int32 [num_rows, ceil(whole vocabulary / 32)], bit i of word w says whether token 32 * w + i may come; one at
+    least of each row.
     """
     num_rows, vocab = logits.shape
     config, merge_config = configs.SAMPLE_CHUNK[target.arch], configs.SAMPLE_MERGE[target.arch]
@@ -173,10 +184,13 @@ def sample(
         temperature,
         keys,
         found,
+        masks,
         logits.stride(0),
+        0 if masks is None else masks.stride(0),
         vocab,
         0 if share is None else share.first_id,
         config=config,
+        MASKED=masks is not None,
         PDL=pdl,
     )
     if share is not None and exchange is None:

@@ -81,6 +81,18 @@ pagesExceed: {{ gt $pool $free }}
 {{- define "m3serve.checkLayout" -}}
 {{- $tp := int64 .Values.engine.tensorParallelSize -}}
 {{- $replicas := int64 .Values.engine.replicas -}}
+{{- $replicasName := "engine.replicas" -}}
+{{- if .Values.engine.maxReplicas -}}
+{{- $fewestName := ternary "engine.minReplicas" $replicasName (not (empty .Values.engine.minReplicas)) -}}
+{{- $fewest := int64 (.Values.engine.minReplicas | default $replicas) -}}
+{{- $replicasName = "engine.maxReplicas" -}}
+{{- $replicas = int64 .Values.engine.maxReplicas -}}
+{{- if gt $fewest $replicas -}}
+{{- fail (printf "engine.maxReplicas is %d, and %s %d" $replicas $fewestName $fewest) -}}
+{{- end -}}
+{{- else if .Values.engine.minReplicas -}}
+{{- fail "engine.minReplicas is for autoscaling of replicas: set engine.maxReplicas too" -}}
+{{- end -}}
 {{- $gpus := int64 .Values.worker.gpus -}}
 {{- $pods := int64 .Values.worker.replicas -}}
 {{- $minPods := int64 (.Values.worker.minReplicas | default 0) -}}
@@ -133,7 +145,7 @@ pagesExceed: {{ gt $pool $free }}
 {{- end -}}
 {{- $groups = div $gpus $tp -}}
 {{- if gt $replicas (mul $pods $groups) -}}
-{{- fail (printf "engine.replicas is %d, and %d worker pods of %d GPUs hold %d groups of %d (engine.tensorParallelSize): raise worker.replicas or lower engine.replicas" $replicas $pods $gpus (mul $pods $groups) $tp) -}}
+{{- fail (printf "%s is %d, and %d worker pods of %d GPUs hold %d groups of %d (engine.tensorParallelSize): raise worker.replicas or lower %s" $replicasName $replicas $pods $gpus (mul $pods $groups) $tp $replicasName) -}}
 {{- end -}}
 {{- end -}}
 
@@ -145,9 +157,10 @@ pagesExceed: {{ gt $pool $free }}
 {{- if gt $tp $cpus -}}
 {{- fail (printf "a group of %d ranks (engine.tensorParallelSize) takes as many CPUs of one pod, and worker.resources has %d" $tp $cpus) -}}
 {{- end -}}
-{{- $needed := add (mul $replicas (add1 $tp)) $front -}}
+{{- $surge := div (add1 $front) 2 -}}
+{{- $needed := add (mul $replicas (add1 $tp)) $front $surge -}}
 {{- if gt $needed (mul $pods $cpus) -}}
-{{- fail (printf "%d engine replicas x (%d ranks + 1) + %d HTTP processes take %d CPUs, and %d worker pods x %d CPUs (worker.resources) are %d" $replicas $tp $front $needed $pods $cpus (mul $pods $cpus)) -}}
+{{- fail (printf "%d engine replicas x (%d ranks + 1) + %d HTTP processes + %d more during an update take %d CPUs, and %d worker pods x %d CPUs (worker.resources) are %d" $replicas $tp $front $surge $needed $pods $cpus (mul $pods $cpus)) -}}
 {{- end -}}
 {{- $crowd := min $groups (div (sub (add $replicas $pods) 1) $pods) -}}
 {{- if gt (mul $crowd $tp) $cpus -}}

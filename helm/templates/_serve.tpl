@@ -7,6 +7,8 @@
   "model" .Values.model.path
   "served_model_name" (include "m3serve.modelName" .)
   "replicas" $engine.replicas
+  "min_replicas" $engine.minReplicas
+  "max_replicas" $engine.maxReplicas
   "tensor_parallel_size" $engine.tensorParallelSize
   "backend" $engine.backend
   "dtype" $engine.dtype

@@ -158,7 +158,8 @@ def test_pods_keep_the_rules_of_ray_and_the_operator(case: str) -> None:
         assert ports.keys() >= {"serve", "metrics"}
         assert ("haproxy-metrics" in ports) == (case != "nothing")
         assert spec["securityContext"]["runAsNonRoot"] is True
-        assert spec["automountServiceAccountToken"] is (custom and name == "head")
+        is_autoscaled = case in ("everything", "mi325x-8-2xtp4")
+        assert spec["automountServiceAccountToken"] is (is_autoscaled and name == "head")
         assert len({volume["name"] for volume in spec["volumes"]}) == len(spec["volumes"])
         assert {mount["name"] for c in spec["containers"] for mount in c.get("volumeMounts", [])} <= {
             volume["name"] for volume in spec["volumes"]

@@ -36,6 +36,9 @@ def refusal(values: dict[str, Any]) -> str:
         ({"engine.tensorParallelSize": 16}, ["tensorParallelSize is 16", "worker.gpus 8", "STRICT_PACK"]),
         ({"worker.gpus": 12}, ["worker.gpus is 12", "tensorParallelSize 8", "4 GPUs of every pod would stay idle"]),
         ({"engine.replicas": 2}, ["engine.replicas is 2", "1 worker pods of 8 GPUs hold 1 groups of 8"]),
+        ({"engine.maxReplicas": 2}, ["engine.maxReplicas is 2", "1 worker pods of 8 GPUs hold 1 groups of 8"]),
+        ({"engine.minReplicas": 1}, ["engine.minReplicas", "set engine.maxReplicas too"]),
+        ({"engine.replicas": 2, "engine.maxReplicas": 1}, ["engine.maxReplicas is 1, and engine.replicas 2"]),
         ({"engine.tensorParallelSize": 3, "worker.gpus": 3}, ["tensorParallelSize is 3", "64 query heads"]),
         ({"engine.tensorParallelSize": 6, "worker.gpus": 6}, ["tensorParallelSize is 6", "64 query heads"]),
         ({"accelerator": "mi999"}, ['accelerator is "mi999"', "cpu, h100, h200, mi300x"]),
@@ -50,7 +53,11 @@ def refusal(values: dict[str, Any]) -> str:
         ),
         (
             {"worker.resources": {"limits": {"cpu": "10"}}, "worker.resources.requests.cpu": "10"},
-            ["1 engine replicas x (8 ranks + 1) + 2 HTTP processes take 11 CPUs", "1 worker pods x 10 CPUs", "are 10"],
+            [
+                "1 engine replicas x (8 ranks + 1) + 2 HTTP processes + 1 more during an update take 12 CPUs",
+                "1 worker pods x 10 CPUs",
+                "are 10",
+            ],
         ),
         (
             {"worker.resources.limits.cpu": "7500m", "worker.resources.requests.cpu": "7500m"},
@@ -67,7 +74,11 @@ def refusal(values: dict[str, Any]) -> str:
                 "worker.gpus": 4,
                 "http.replicas": 9,
             },
-            ["4 engine replicas x (4 ranks + 1) + 9 HTTP processes take 29 CPUs", "4 worker pods x 7 CPUs", "are 28"],
+            [
+                "4 engine replicas x (4 ranks + 1) + 9 HTTP processes + 5 more during an update take 34 CPUs",
+                "4 worker pods x 7 CPUs",
+                "are 28",
+            ],
         ),
         (
             {
@@ -84,12 +95,12 @@ def refusal(values: dict[str, Any]) -> str:
             {
                 "accelerator": "mi325x",
                 "engine.tensorParallelSize": 4,
-                "engine.replicas": 4,
-                "worker.replicas": 3,
+                "engine.replicas": 5,
+                "worker.replicas": 4,
                 "http.replicas": 1,
                 "worker.resources.limits.cpu": "7",
             },
-            # Enough CPUs in all, and one of the three pods must hold two groups.
+            # Enough CPUs in all, and one of the four pods must hold two groups.
             ["2 groups of 4 ranks in one pod take 8 CPUs", "worker.resources has 7"],
         ),
         (
@@ -165,7 +176,7 @@ def test_refused_with_a_message_that_names_limit_and_value(values: dict[str, Any
     "values",
     [
         # Just fits, where one step further is refused above.
-        {"engine.replicas": 1, "worker.resources.limits.cpu": "11"},
+        {"engine.replicas": 1, "worker.resources.limits.cpu": "12"},
         {"settings.num_pages": 1024},
         {"accelerator": "h100", "model.format": "mxfp8", "engine.maxModelLen": 450000},
         {"autoscaling.enabled": True, "worker.maxReplicas": 2, "engine.replicas": 2},

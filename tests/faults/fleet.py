@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -75,6 +77,27 @@ class Fleet:
         actor = ray.get_actor(details["actor_name"], namespace="serve")
         pid: int = ray.get(actor.__ray_call__.remote(_own_pid), timeout=CALL_TIMEOUT_S)
         return pid
+
+    def everything(self) -> dict[str, int]:
+        """Every process that a request goes through, by a name of its own."""
+        pids = {"controller": self.controller(), "proxy": self.proxy()}
+        pids |= {f"ingress {i}": pid for i, pid in enumerate(self.ingresses())}
+        for i, group in enumerate(self.groups()):
+            pids[f"engine {i}"] = group.replica
+            pids |= {f"engine {i} rank {rank}": pid for rank, pid in enumerate(group.workers)}
+        return pids
+
+    def num_tasks(self) -> int:
+        """Unfinished asyncio tasks in the replicas of both deployments."""
+        details: dict[str, Any] = _get_global_client().get_serve_details()["applications"][APPLICATION]
+        names = [
+            replica["actor_name"]
+            for deployment in details["deployments"].values()
+            for replica in deployment["replicas"]
+            if replica["state"] == "RUNNING"
+        ]
+        actors = [ray.get_actor(name, namespace="serve") for name in names]
+        return sum(ray.get([actor.__ray_call__.remote(_own_tasks) for actor in actors], timeout=CALL_TIMEOUT_S))
 
     def wait_until_whole(self, *, without: set[int] = frozenset()) -> float:  # type: ignore[assignment]
         """Until every replica runs and the service is ready; the seconds it took. without: pids that must be gone."""
@@ -149,3 +172,8 @@ def open_fleet(
 
 def _own_pid(_actor: Any) -> int:
     return os.getpid()
+
+
+def _own_tasks(_actor: Any) -> int:
+    gc.collect()
+    return sum(isinstance(each, asyncio.Task) and not each.done() for each in gc.get_objects())

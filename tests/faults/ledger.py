@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.load_row import LoadRow
+
 PLUGIN = "fault-ledger"
 
 
@@ -64,6 +66,7 @@ class Ledger:
         self.rounds = rounds
         self.max_tokens = 160 if full else 64
         self.rows: list[Row] = []
+        self.loads: list[LoadRow] = []
         self._report = report
         self._started_s = time.monotonic()
 
@@ -73,10 +76,19 @@ class Ledger:
         self.rows.append(row)
         return row
 
+    def open_load(self, load: str, service: str) -> LoadRow:
+        """The same for a load."""
+        row = LoadRow(load, service)
+        self.loads.append(row)
+        return row
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.rows:
             terminalreporter.section("faults")
             terminalreporter.write_line(table(self.rows))
+        if self.loads:
+            terminalreporter.section("loads")
+            terminalreporter.write_line(columns(self.loads))
         if self._report is not None:
             self._report.write_text(json.dumps(self._json(), indent=1) + "\n", encoding="utf-8")
             terminalreporter.write_line(f"written: {self._report}")
@@ -87,6 +99,7 @@ class Ledger:
             "rounds": self.rounds,
             "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
             "rows": [dataclasses.asdict(row) for row in self.rows],
+            "loads": [dataclasses.asdict(row) for row in self.loads],
         }
 
 
@@ -97,8 +110,17 @@ def table(rows: list[Row]) -> str:
     for name in names[2:-1]:
         values = [getattr(row, name) for row in rows]
         setattr(total, name, max(values) if name.endswith("_s") else sum(values))
-    lines = [names] + [[_shown(getattr(row, name)) for name in names] for row in [*rows, total]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return _aligned([names] + [[_shown(getattr(row, name)) for name in names] for row in [*rows, total]])
+
+
+def columns(loads: list[LoadRow]) -> str:
+    """Loads have more figures than a line has room for: a line for each, under the names of the loads."""
+    names = [each.name for each in dataclasses.fields(LoadRow)]
+    return _aligned([[name, "", *(_shown(getattr(row, name)) for row in loads)] for name in names])
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)

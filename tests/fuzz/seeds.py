@@ -14,6 +14,27 @@ BODIES: list[dict[str, Any]] = [
     {"model": "m", "prompt": "a", "max_tokens": 4, "stop": ["x"], "logit_bias": {"5": -1.5}, "seed": 3, "n": 2},
     {"prompt": [[1, 2], [3]], "stream": True, "stream_options": {"include_usage": True}, "logprobs": 2, "echo": True},
     {"prompt": ["a", "b"], "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "stop_token_ids": [7]},
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "u"}]},
+            {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": '{"x": [1]}'}}]},
+            {"role": "tool", "tool_call_id": "a", "content": "r"},
+        ],
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "f",
+                    "parameters": {"properties": {"x": {"$ref": "#"}, "y": {"enum": [1]}}, "required": ["x"]},
+                },
+            }
+        ],
+        "tool_choice": "required",
+        "logprobs": True,
+        "top_logprobs": 2,
+        "chat_template_kwargs": {"thinking_mode": "enabled"},
+    },
     {"tokens": [1, 2, 3]},
     {"prompt": "tokenise me", "add_special_tokens": True, "return_token_strs": True},
 ]

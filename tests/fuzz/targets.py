@@ -28,11 +28,14 @@ from engine.transport import Gate, Header, Kind, encode, pack
 from engine.types import EngineRequest, SamplingParams, StepPlan, StepResult
 from service.auth import ApiKeys
 from service.boundary import Boundary, Policy, read_body
+from service.chat_protocol import ChatRequest
+from service.chat_template import ChatTemplate
 from service.errors import answer
 from service.limits import BodyBudget, read_timeout
 from service.messages import Abort, Accepted, Load, StepEvents, Submit, SubmitReply
 from service.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest, check_token_ids
 from service.request_body import RequestBody
+from service.tool_grammar import tool_grammar
 from tests.checkpoints import make_checkpoint
 
 MAX_ANSWER_BYTES = 8000
@@ -70,6 +73,13 @@ def tokenizer() -> Tokenizer:
 
 
 @functools.cache
+def chat_template() -> ChatTemplate:
+    found = ChatTemplate.from_dir(checkpoint())
+    assert found is not None
+    return found
+
+
+@functools.cache
 def scratch() -> Path:
     """A directory for files that a target writes."""
     directory = tempfile.TemporaryDirectory(prefix="m3-fuzz-")
@@ -79,7 +89,7 @@ def scratch() -> Path:
 
 def body(data: bytes) -> None:
     """The bodies of all routes: taken, or refused with one short error object."""
-    for model in (CompletionRequest, TokenizeRequest, DetokenizeRequest):
+    for model in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
         try:
             _accept(model, data)
         except RequestError as error:
@@ -99,6 +109,13 @@ def _accept(model: type[RequestBody], data: bytes) -> None:
                 check_token_ids(prompt, 512, "prompt")
             else:
                 tokenizer().encode_batch([prompt])
+    elif isinstance(taken, ChatRequest):
+        taken.check(max_choices=64)
+        text = chat_template().render(taken.messages, tools=taken.usable_tools, variables=taken.variables)
+        tokenizer().encode_batch([text])
+        if taken.forced_tools is not None:
+            tool_grammar(taken.forced_tools, 5, max_calls=taken.max_calls)
+        encode(taken.sampling(100, taken.guided))
     elif isinstance(taken, TokenizeRequest):
         tokenizer().encode_batch([taken.prompt])
     elif isinstance(taken, DetokenizeRequest) and taken.tokens:

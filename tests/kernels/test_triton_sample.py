@@ -12,7 +12,9 @@ from engine.types import NOT_FINITE
 from tests.kernels.devices import DEVICE, ON_GPU, TARGET
 
 
-def draw(logits: Tensor, temperature: list[float], keys: list[int], slots: list[int]) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, temperature: list[float], keys: list[int], slots: list[int], allow: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(tokens, last tokens of 8 slots, -7 where none was put), on the CPU."""
     out = torch.full((len(logits),), -9, dtype=torch.int64, device=DEVICE)
     last = torch.full((8,), -7, dtype=torch.int64, device=DEVICE)
@@ -24,8 +26,18 @@ def draw(logits: Tensor, temperature: list[float], keys: list[int], slots: list[
         out,
         last,
         torch.tensor(slots, device=DEVICE),
+        masks=None if allow is None else pack_bits(allow).to(DEVICE),
     )
     return out.cpu(), last.cpu()
+
+
+def pack_bits(allow: Tensor) -> Tensor:
+    """bool [n, vocab] to int32 [n, words], a word more than needed."""
+    words = allow.shape[1] // 32 + 2
+    padded = torch.zeros(len(allow), 32 * words, dtype=torch.bool)
+    padded[:, : allow.shape[1]] = allow
+    weights = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)])
+    return (padded.view(len(allow), words, 32) * weights).sum(2).to(torch.int32)
 
 
 def scores(logits: Tensor, temperature: float, key: int) -> Tensor:
@@ -87,6 +99,33 @@ def test_logits_may_be_a_view() -> None:
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(2))
     tokens = draw(logits[:, :200], [0.0] * 3, [0] * 3, [0, 1, 2])[0]
     assert torch.equal(tokens, logits[:, :200].argmax(1))
+
+
+@pytest.mark.parametrize("share", [0.9, 0.1, 0.004])
+def test_masks(share: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(4, 1000, generator=generator)
+    allow = torch.rand(4, 1000, generator=generator) < share
+    allow[:, 777] = True
+    temperature, slots = [0.0, 1.0, 0.3, 1e-35], [3, 1, 0, 2]
+    keys = [noise_key(seed, 3) for seed in range(4)]
+    tokens, last = draw(logits, temperature, keys, slots, allow)
+    for row, token in enumerate(tokens.tolist()):
+        x = logits[row].clone()
+        noise = gumbel_noise(torch.tensor([[keys[row]]]), torch.arange(1000))[0]
+        best = x[allow[row]].max()
+        expected = x if temperature[row] == 0 else (x - best) / max(temperature[row], 1e-30) + noise
+        expected = torch.where(allow[row], expected, -torch.inf)
+        assert allow[row, token] and last[slots[row]] == token
+        assert expected[token] >= expected.max() - 1e-5 * expected.max().abs()
+    assert torch.equal(
+        draw(logits, temperature, keys, slots, torch.ones(4, 1000) > 0)[0], draw(logits, temperature, keys, slots)[0]
+    )
+    # Most chunks have nothing that may come; one that may not is broken, and so is its row.
+    logits[1, 5] = torch.nan
+    allow[:] = False
+    allow[:, 999] = True
+    assert draw(logits, temperature, keys, slots, allow)[0].tolist() == [999, NOT_FINITE, 999, 999]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="slow in the interpreter")

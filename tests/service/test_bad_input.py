@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from tests.cluster import Cluster, wait_until
+from tests.faults.open_loop import mixture, offer
 
 MODEL = "tiny"
 PROMPT = "import os\n"
@@ -250,6 +252,26 @@ def test_a_full_queue_answers_429_with_retry_after(url: str, stream: bool) -> No
     response = post(url, body)
     assert refused(response, 429)["code"] == "engine_overloaded"
     assert int(response.headers["retry-after"]) >= 1
+
+
+def test_a_burst_is_taken_as_far_as_the_queue_goes(cluster: Cluster, url: str) -> None:
+    """Whoever is taken gets everything, the others are told when to come back, and nothing stays behind."""
+    requests = mixture(MODEL, vocab_size=500, max_tokens=16, long_tokens=600, seed=0)
+    outcomes = asyncio.run(offer(url, requests, rate=1000.0, seconds=0.06))
+    accepted = [outcome for outcome in outcomes if outcome.status == 200]
+    turned_away = [outcome for outcome in outcomes if outcome.status == 429]
+    assert len(accepted) + len(turned_away) == len(outcomes) > 2 * (MAX_NUM_SEQS + MAX_QUEUED)
+    assert len(accepted) >= MAX_NUM_SEQS + MAX_QUEUED - 1 and turned_away
+    assert all(outcome.is_whole and outcome.num_tokens == 16 for outcome in accepted)
+    assert all(outcome.retry_after is not None and int(outcome.retry_after) >= 1 for outcome in turned_away)
+    # The stream of this module may still run.
+    open_ = f'm3_engine_open_requests{{engine="0",model_name="{MODEL}"}} '
+    wait_until(lambda: _series(cluster, open_) <= 1, timeout_s=30, what="the end of the burst")
+
+
+def _series(cluster: Cluster, start: str) -> float:
+    lines = httpx.get(cluster.metrics_url).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
 
 
 def test_refusals_are_counted_and_the_service_answers(cluster: Cluster, url: str) -> None:

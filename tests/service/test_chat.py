@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from openai.types import completion_create_params as completion_parameters
+from openai.types.chat import completion_create_params as chat_parameters
 
 from engine.tokenizer import Tokenizer
+from service import openai_table
 from service.parsers.markers import MARKERS, NAMESPACE, THINK, THINK_END
 from tests.cluster import Cluster, wait_until
+from tests.service.openai_cases import BASE, BY_HAND, CASES, REFUSED, TOLERATED, text
 
 MODEL = "tiny"
 TIMEOUT_S = 60.0
@@ -71,9 +76,10 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def post(url: str, status: int = 200, **body: Any) -> dict[str, Any]:
-    given = {"messages": HELLO, "max_tokens": 4, **body}
-    response = httpx.post(f"{url}/v1/chat/completions", json=given, timeout=TIMEOUT_S)
+def post(url: str, status: int = 200, route: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
+    """The answer, or the error object. A chat says hello unless the body says something."""
+    given = {"messages": HELLO, "max_tokens": 4, **body} if "prompt" not in body else body
+    response = httpx.post(f"{url}{route}", json=given, timeout=TIMEOUT_S)
     assert response.status_code == status, response.text
     answer: dict[str, Any] = response.json()
     return answer if status == 200 else answer["error"]
@@ -290,3 +296,64 @@ def test_a_response_format_binds_the_content_and_not_the_reasoning(client: opena
 def quotes(tokenizer: Tokenizer) -> dict[str, float]:
     """A bias that ends strings."""
     return {str(tokenizer.encode('"')[0]): 50}
+
+
+# --- every field that OpenAI documents ---------------------------------------------------------------------------
+
+
+def test_the_table_has_the_fields_of_the_installed_client() -> None:
+    for route, parameters in (
+        ("/v1/chat/completions", chat_parameters.CompletionCreateParamsStreaming),
+        ("/v1/completions", completion_parameters.CompletionCreateParamsStreaming),
+    ):
+        assert set(openai_table.DOCUMENTED[route]) == typing.get_type_hints(parameters).keys()
+        levels: dict[str, set[str]] = {}
+        for field in openai_table.fields(route):
+            levels.setdefault(field.level, set()).add(field.name)
+        assert levels["honoured"] == CASES[route].keys() | BY_HAND
+        assert levels["refused"] <= REFUSED.keys() and levels["tolerated"] <= TOLERATED.keys()
+
+
+@pytest.mark.parametrize("route", openai_table.ROUTES)
+def test_every_field_does_what_the_table_says(url: str, route: str) -> None:
+    baselines: dict[str, Any] = {}
+
+    def ask(status: int = 200, **fields: Any) -> dict[str, Any]:
+        return post(url, status, route, **{**BASE[route], **fields})
+
+    def baseline(beside: dict[str, Any]) -> dict[str, Any]:
+        key = json.dumps(beside)
+        if key not in baselines:
+            baselines[key] = ask(**beside)
+        known: dict[str, Any] = baselines[key]
+        return known
+
+    for field in openai_table.fields(route):
+        name = field.name
+        if field.level == "refused":
+            error = ask(400, **{name: REFUSED[name]})
+            assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+            assert ask(**{name: None})["choices"] == baseline({})["choices"], "null is not given"
+        elif field.level == "tolerated":
+            accepted, refused_value = TOLERATED[name]
+            assert ask(**{name: accepted})["choices"] == baseline({})["choices"], name
+            if refused_value is not None:
+                error = ask(400, **{name: refused_value})
+                assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+        elif name not in BY_HAND:
+            case = CASES[route][name]
+            answer = ask(case.status, **{**case.beside, name: case.value})
+            assert case.shows(answer, baseline(case.beside)), f"{name}={case.value!r}: {answer}"
+
+
+@pytest.mark.parametrize("route", openai_table.ROUTES)
+def test_stop_and_stream(url: str, route: str) -> None:
+    stop = text(post(url, 200, route, **BASE[route]))[3:5]
+    [choice] = post(url, 200, route, **BASE[route], stop=[stop])["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+    body = {**BASE[route], "stream": True, "stream_options": {"include_usage": True}}
+    response = httpx.post(f"{url}{route}", json=body, timeout=TIMEOUT_S)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *_, last, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from engine.executor import InlineExecutor
 from engine.types import EngineRequest, FinishReason, RequestEvent, SamplingParams
 from service.engine_loop import EngineLoop, EngineLoopCallbacks
 from tests.cluster import wait_until
+
+MAX_LIVE = 4
 
 
 class Running:
@@ -35,11 +38,15 @@ class Running:
             death=self.causes.append,
         )
         self.loop = EngineLoop(
-            self.core, callbacks, check_alive=self.alive.set, max_live_requests=4, step_timeout_s=60.0
+            self.core, callbacks, check_alive=self.alive.set, max_live_requests=MAX_LIVE, step_timeout_s=60.0
         )
 
+    @property
+    def num_finished(self) -> int:
+        return sum(event.finish_reason is FinishReason.LENGTH for event in self.events)
+
     def finished(self) -> bool:
-        return any(event.finish_reason is FinishReason.LENGTH for event in self.events)
+        return self.num_finished > 0
 
 
 @pytest.fixture
@@ -59,6 +66,18 @@ def test_balanced_books_of_an_idle_engine_change_nothing(running: Running) -> No
     wait_until(lambda: running.loop._checked_at_s > 0, timeout_s=10, what="the check of an idle engine")
     running.loop.check_health()
     assert running.causes == [] and running.core.stats.page_check_failures == 0
+
+
+def test_a_full_queue_refuses_at_once(running: Running) -> None:
+    """Not when the step that runs has ended: that may take a second."""
+    requests = [dataclasses.replace(request(), request_id=f"r{i}") for i in range(MAX_LIVE + 2)]
+    refusals = running.loop.add(requests)
+    assert [refusal.request_id for refusal in refusals] == [f"r{MAX_LIVE}", f"r{MAX_LIVE + 1}"]
+    assert all(f"limit {MAX_LIVE} " in refusal.message and refusal.retry_after_s for refusal in refusals)
+    # It was accepted once, and its tokens are with the client.
+    assert running.loop.add([dataclasses.replace(requests[-1], resubmitted=True)]) == []
+    wait_until(lambda: running.num_finished == MAX_LIVE + 1, timeout_s=30, what="the end of those that were taken")
+    wait_until(lambda: not running.loop.add([request()]), timeout_s=5, what="room in the queue")
 
 
 @pytest.mark.parametrize("harm", ["lost", "shared"])

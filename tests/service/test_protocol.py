@@ -132,7 +132,7 @@ _WRONG_TYPES: list[tuple[str, Any]] = (
     [(name, value) for name in _INTEGERS for value in ("3", 1.5, 3.0, True, [1], {})]
     + [(name, value) for name in _NUMBERS for value in ("0.5", True, [0.5], {})]
     + [(name, value) for name in _BOOLEANS for value in ("true", 1, 0.0, [])]
-    + [(name, value) for name in ("model", "user", "suffix") for value in (1, True, ["a"], {})]
+    + [(name, value) for name in ("model", "user") for value in (1, True, ["a"], {})]
     + [("stop", value) for value in (1, True, {}, [1], [["a"]], [None])]
     + [("stop_token_ids", value) for value in (1, "1", ["1"], [1.0], [True], {})]
     + [("logit_bias", value) for value in (1, "1", [1], {"a": 1}, {"1": "1"}, {"1": True}, {"-1": 1}, {"": 1})]

@@ -44,6 +44,12 @@ def test_variables_are_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -
         ({"step_timeout_s": 0}, "step_timeout_s"),
         ({"max_queued_requests": -1}, "max_queued_requests"),
         ({"tensor_parallel_size": "two"}, "tensor_parallel_size"),
+        ({"min_replicas": 2}, r"max_replicas\n.*must be set where min_replicas \(2\) is"),
+        ({"min_replicas": 3, "max_replicas": 2}, r"max_replicas\n.*at least min_replicas \(3\)"),
+        ({"replicas": 3, "max_replicas": 2}, r"max_replicas\n.*at least replicas \(3\)"),
+        ({"target_tokens_per_replica": 0}, "target_tokens_per_replica"),
+        ({"upscale_delay_s": -1}, "upscale_delay_s"),
+        ({"prefix_routing_slack": -0.1}, "prefix_routing_slack"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], message: str) -> None:

@@ -297,6 +297,8 @@ def decode_operations(kernels: KernelSet, rank: Rank, batch: StepBatch) -> Itera
     )
     logits = meta(rows, rank.full_vocab, dtype=rank.dtype)
     yield "sample", lambda: decode.sample(logits, temperatures, keys, out, last_tokens, slots)
+    masks = meta(rows, -(-rank.full_vocab // 32), dtype=torch.int32)
+    yield "sample_masked", lambda: decode.sample(logits, temperatures, keys, out, last_tokens, slots, masks=masks)
 
 
 def group_operations(kernels: KernelSet, rank: Rank, batch: StepBatch) -> Iterator[Operation]:
@@ -321,6 +323,8 @@ def group_operations(kernels: KernelSet, rank: Rank, batch: StepBatch) -> Iterat
     temperatures, last_tokens = meta(MAX_ROWS, dtype=torch.float32)[:rows], meta(MAX_ROWS, dtype=torch.int64)
     logits, sample = meta(rows, rank.vocab, dtype=rank.dtype), kernels.decode.sample
     yield "sample_share", lambda: sample(logits, temperatures, keys, out, last_tokens, slots, share)
+    masks = meta(rows, -(-rank.full_vocab // 32), dtype=torch.int32)
+    yield "sample_share_masked", lambda: sample(logits, temperatures, keys, out, last_tokens, slots, share, masks)
 
 
 def record(arch: str, everything: bool) -> Recording:
