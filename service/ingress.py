@@ -38,7 +38,7 @@ from service.generation import GenerationRun
 from service.grammar_check import GrammarCheck
 from service.limits import MAX_BODIES_IN_FLIGHT, BodyBudget, check_prompt_logprobs, check_request_tokens
 from service.openapi import openapi_document
-from service.playground import Playground
+from service.playground.routes import Playground
 from service.protocol import (
     Completion,
     CompletionRequest,

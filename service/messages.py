@@ -12,8 +12,8 @@ class Load(msgspec.Struct, frozen=True):
     """What an engine replica has to do, for all ingresses.
 
     replica_id: its name in Serve.  tokens: prompt and output tokens of its requests, running and waiting.  requests:
-    how many these are.  full_tokens, full_requests: at these it is full, and another replica would help.  max_requests: it
-    refuses more.
+    how many these are.  full_tokens, full_requests: at these it is full, and another replica would help.
+    max_requests: it refuses more.
     """
 
     replica_id: str

@@ -60,11 +60,11 @@ class Layers(msgspec.Struct):
     object: str = "index_cache"
 
 
-def read(directory: Path) -> Layers:
-    """The counts in the series files of `directory`."""
+def read(directory: Path, model_name: str) -> Layers:
+    """The counts of one model in the series files of `directory`."""
     for attempt in range(_ATTEMPTS):
         try:
-            return _collect(directory)
+            return _collect(directory, model_name)
         except FileNotFoundError:
             # The exporter has just put a dead process's file into the archive.
             if attempt == _ATTEMPTS - 1:
@@ -72,12 +72,12 @@ def read(directory: Path) -> Layers:
     raise AssertionError("not reached")
 
 
-def _collect(directory: Path) -> Layers:
+def _collect(directory: Path, model_name: str) -> Layers:
     layers: defaultdict[int, LayerCounts] = defaultdict(lambda: LayerCounts(-1))
     newest: dict[int, float] = {}
     engines: dict[str, tuple[float, float]] = {}
     for path in sorted(directory.glob("gauge_*.db")):
-        for name, labels, value, stamp_s in _entries(path, (_LAYER_INFO, _GUARD)):
+        for name, labels, value, stamp_s in _entries(path, (_LAYER_INFO, _GUARD), model_name):
             if name == _GUARD:
                 engines[labels["engine"]] = max(engines.get(labels["engine"], (0.0, 0.0)), (stamp_s, value))
                 continue
@@ -89,7 +89,7 @@ def _collect(directory: Path) -> Layers:
                 layers[layer_id].source = int(labels["source"]) if labels["source"] else None
     wanted = (*_PHASED, _SELECTIONS, *_PLAIN)
     for path in sorted(directory.glob("counter_*.db")):
-        for name, labels, value, _ in _entries(path, wanted):
+        for name, labels, value, _ in _entries(path, wanted, model_name):
             counts = layers[int(labels["layer"])]
             if name in _PHASED:
                 by_phase: dict[str, float] = getattr(counts, _PHASED[name])
@@ -108,21 +108,22 @@ def _collect(directory: Path) -> Layers:
     )
 
 
-def _entries(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str], float, float]]:
-    """(name, labels, value, Unix time) of the wanted series in one file."""
+def _entries(path: Path, names: tuple[str, ...], model_name: str) -> Iterator[tuple[str, dict[str, str], float, float]]:
+    """(name, labels, value, Unix time) of the wanted series of one model in one file."""
     for key, value, stamp_s, _ in MmapedDict.read_all_values_from_file(str(path)):
         # A key is a JSON list whose second entry is the name. Most are not wanted: looked for before they are parsed.
         if key.startswith(('["m3_index', '["m3_sparse_attention')):
             _, name, labels, _ = json.loads(key)
-            if name in names:
+            if name in names and labels["model_name"] == model_name:
                 yield name, labels, value, stamp_s
 
 
 class LayerView:
     """The latest counts as JSON, for any number of pages."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model_name: str) -> None:
         self._directory = directory
+        self._model_name = model_name
         self._lock = asyncio.Lock()
         self._json = b""
         self._read_s = float("-inf")
@@ -131,6 +132,7 @@ class LayerView:
         """At most MAX_AGE_S old. The files are read in a thread, by one caller at a time."""
         async with self._lock:
             if time.monotonic() - self._read_s > MAX_AGE_S:
-                self._json = await asyncio.to_thread(lambda: msgspec.json.encode(read(self._directory)))
+                counts = await asyncio.to_thread(read, self._directory, self._model_name)
+                self._json = msgspec.json.encode(counts)
                 self._read_s = time.monotonic()
             return self._json

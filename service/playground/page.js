@@ -165,6 +165,7 @@ async function generate() {
     }
     const [path, fields] = body();
     setRunning(true);
+    showNumbers(seen);
     seen.start = performance.now();
     const answer = await fetch(BASE + path, {
       method: "POST",

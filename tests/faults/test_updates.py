@@ -21,13 +21,13 @@ from tests.faults.fleet import APPLICATION, Fleet, open_fleet
 from tests.faults.guarantees import Undisturbed, assert_unbroken, endure, num_wrong
 from tests.faults.ledger import Ledger
 
-SERVICE = "2 engines x TP2, 2 ingresses"
+SERVICE = "2 engines, 2 ingresses"
 TIMEOUT_S = 120.0
 pytestmark = pytest.mark.full
 
 
-def redeploy(settings: ServiceSettings, answered: list[int]) -> Fault:
-    """Replace every replica, and send requests all the while. answered: their statuses are added."""
+def redeploy(settings: ServiceSettings, answered: list[str]) -> Fault:
+    """Replace every replica, and send requests all the while. answered: what came of them is added."""
 
     async def fault(fleet: Fleet) -> set[int]:
         groups = await asyncio.to_thread(fleet.groups)
@@ -36,7 +36,8 @@ def redeploy(settings: ServiceSettings, answered: list[int]) -> Fault:
         async with httpx.AsyncClient(base_url=fleet.url, timeout=TIMEOUT_S, trust_env=False) as client:
             while not update.done():
                 body = {"model": fleet.model_name, "prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
-                answered.append((await client.post("/v1/completions", json=body)).status_code)
+                answer = await client.post("/v1/completions", json=body)
+                answered.append("whole" if answer.status_code == 200 else answer.text)
         await update
         return old
 
@@ -52,14 +53,26 @@ def test_an_update_loses_no_request(
 ) -> None:
     """Streams finish where they are, within graceful_shutdown_timeout_s, by the plan they began with."""
     row = ledger.open(fault, SERVICE)
-    answered: list[int] = []
-    with open_fleet(cluster, poisoned, replicas=2, ingress_replicas=2, graceful_shutdown_timeout_s=60.0) as fleet:
+    answered: list[str] = []
+    # Loading takes CPUs that others wait for: that must not look like a fault.
+    patient = {"step_timeout_s": 60.0, "silence_timeout_s": 60.0, "health_check_timeout_s": 60.0}
+    with open_fleet(
+        cluster,
+        poisoned,
+        replicas=2,
+        ingress_replicas=2,
+        tensor_parallel_size=1,
+        graceful_shutdown_timeout_s=60.0,
+        **patient,
+    ) as fleet:
         undisturbed = Undisturbed.run(fleet, max_tokens=2 * ledger.max_tokens)
-        endure(fleet, undisturbed, row, redeploy(fleet.settings.model_copy(update=change), answered), round_=0)
+        records = endure(
+            fleet, undisturbed, row, redeploy(fleet.settings.model_copy(update=change), answered), round_=0
+        )
         row.streams += len(answered)
-        row.whole += answered.count(200)
+        row.whole += answered.count("whole")
         assert fleet.series("m3_token_mismatches_total") == 0
-    assert set(answered) == {200}, answered
+    assert set(answered) | {str(record.error) for record in records} == {"whole", "None"}
     assert row.moved == 0, row
     assert_unbroken(row)
 

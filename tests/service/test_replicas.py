@@ -24,7 +24,7 @@ from tests.cluster import Cluster, engine_client, wait_until_async
 NAME = "replicas"
 ENGINE: dict[str, Any] = {
     "served_model_name": NAME,
-    "max_model_len": 2048,
+    "max_model_len": 8192,
     "max_num_seqs": 8,
     "num_pages": 200,
     "max_num_batched_tokens": 512,
@@ -146,8 +146,8 @@ def test_an_update_with_another_plan_mixes_none_into_a_stream(
     async def run() -> tuple[list[int], str, list[int]]:
         async with engine_client(settings, handle) as client:
             old = await until_running(handle, 2)
-            before = await events_of(client, request(LONG, 1100))
-            stream = client.generate(request(LONG, 1100))
+            before = tokens_of(await events_of(client, request(LONG, 300)))
+            stream = client.generate(request(LONG, 7000))
             tokens = list((await anext(stream)).token_ids)
             short = asyncio.create_task(events_of(client, request(LONG, 20)))
             update = asyncio.create_task(roll(changed))
@@ -157,16 +157,17 @@ def test_an_update_with_another_plan_mixes_none_into_a_stream(
                     tokens += event.token_ids
             except EngineDead as dead:
                 error = str(dead)
-            assert tokens_of(await short) == tokens_of(before)[:20]
-            assert tokens == tokens_of(before)[: len(tokens)]
+            num_compared = min(len(tokens), len(before))
+            assert tokens[:num_compared] == before[:num_compared]
+            assert tokens_of(await short) == before[:20]
             await asyncio.wait_for(update, TIMEOUT_S)
             assert not old & set(running(handle))
             assert (await client.info()).plan == "DDFSF"
-            return tokens_of(before), error, tokens_of(await events_of(client, request(LONG, 1100)))
+            return before, error, tokens_of(await events_of(client, request(LONG, 300)))
 
-    tokens, error, new_tokens = asyncio.run(run())
+    old_tokens, error, new_tokens = asyncio.run(run())
     assert "updated to another model or index plan" in error
-    assert new_tokens != tokens, "the plans must differ in what they say, or nothing is shown"
+    assert new_tokens != old_tokens, "the plans must differ in what they say, or nothing is shown"
 
 
 def test_the_number_of_replicas_follows_the_load(changed: ServiceSettings, handle: Any) -> None:
@@ -176,21 +177,19 @@ def test_the_number_of_replicas_follows_the_load(changed: ServiceSettings, handl
         async with engine_client(changed, handle) as client:
             stop = asyncio.Event()
 
-            async def trickle() -> int:
+            async def keep_asking(number: int) -> int:
                 answered = 0
                 while not stop.is_set():
-                    assert len(tokens_of(await events_of(client, request([answered % 400, 2, 3], 8)))) == 8
+                    assert len(tokens_of(await events_of(client, request([number, 2, 3], 40)))) == 40
                     answered += 1
                 return answered
 
-            trickling = asyncio.create_task(trickle())
+            asking = [asyncio.create_task(keep_asking(1))]
             await until_running(handle, 1)
-            # Three times what one replica runs at once: the rest waits.
-            load = [asyncio.create_task(events_of(client, request([i, 2, 3], 500))) for i in range(24)]
+            # Twice what one replica runs at once: the rest waits.
+            asking += [asyncio.create_task(keep_asking(number)) for number in range(2, 16)]
             await until_running(handle, 2)
-            for events in await asyncio.wait_for(asyncio.gather(*load), TIMEOUT_S):
-                assert len(tokens_of(events)) == 500
             stop.set()
-            assert await trickling > 0
+            assert all(answered > 0 for answered in await asyncio.wait_for(asyncio.gather(*asking), TIMEOUT_S))
 
     asyncio.run(run())

@@ -146,7 +146,9 @@ class CheckingExecutor:
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert plan.rows and 1 <= plan.num_tokens <= self.config.max_num_batched_tokens
-        if plan.num_decode_rows and (limit := self.config.max_num_prefill_tokens) is not None:
+        entering = {new.slot for new in plan.new}
+        waits = any(row.slot not in entering for row in plan.rows[: plan.num_decode_rows])
+        if waits and (limit := self.config.max_num_prefill_tokens) is not None:
             assert plan.num_tokens - plan.num_decode_rows <= limit
         assert len(plan.rows) == len({row.slot for row in plan.rows}) <= self.config.max_num_seqs
         assert len(set(plan.released)) == len(plan.released) and set(plan.released) <= self._slots.keys()

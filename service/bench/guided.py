@@ -1,0 +1,94 @@
+"""What guided rows cost: time of decode steps in which no row, or every row, is under the mask of a grammar.
+
+Free and guided rounds take turns in one engine, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.demo import CHECKPOINT
+from engine.config import EngineConfig
+from engine.engine import EngineCore
+from engine.executor import InlineExecutor
+from engine.types import EngineRequest, GuidedSpec, SamplingParams
+
+# An array that no round comes to the end of.
+SCHEMA = {
+    "type": "array",
+    "minItems": 100_000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 24},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    },
+}
+PROMPT_TOKENS = 64
+
+
+def measure(core: EngineCore, rows: int, tokens: int, rounds: int, temperature: float) -> dict[str, Any]:
+    """p50 over all decode steps of all rows, in milliseconds."""
+    specs = {"free": None, "guided": GuidedSpec("json_schema", json.dumps(SCHEMA))}
+    steps: dict[str, list[float]] = {name: [] for name in specs}
+    mask_s = core.stats.mask_s
+    for number in range(rounds + 1):
+        for name, spec in specs.items():
+            sampling = SamplingParams(
+                max_tokens=tokens, temperature=temperature, seed=number, ignore_eos=spec is None, guided=spec
+            )
+            for row in range(rows):
+                prompt = [(row + i) % 256 + 1 for i in range(PROMPT_TOKENS)]
+                core.add_request(EngineRequest(f"{name}-{number}-{row}", prompt, sampling))
+            while core.has_work():
+                before, started_s = core.stats.decode_tokens, time.perf_counter()
+                core.step()
+                # The first round compiles the grammar and warms the machine up.
+                if number and core.stats.decode_tokens - before == rows:
+                    steps[name].append(time.perf_counter() - started_s)
+    p50 = {name: statistics.median(times) * 1e3 for name, times in steps.items()}
+    num_guided = (rounds + 1) * (tokens - 1) + 1
+    return {
+        "temperature": temperature,
+        "rows": rows,
+        "steps": len(steps["guided"]),
+        "free_step_ms": round(p50["free"], 3),
+        "guided_step_ms": round(p50["guided"], 3),
+        "overhead": round(p50["guided"] / p50["free"] - 1, 4),
+        "masks_ms_per_step": round((core.stats.mask_s - mask_s) / num_guided * 1e3, 3),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m service.bench.guided", description=__doc__)
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="checkpoint directory")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--rows", type=int, default=16, help="requests that decode together")
+    parser.add_argument("--tokens", type=int, default=64, help="of each request and round")
+    parser.add_argument("--rounds", type=int, default=4, help="of each kind, after one that is not counted")
+    args = parser.parse_args(argv)
+    config = EngineConfig.from_kwargs(
+        args.model, backend=args.backend, max_num_seqs=args.rows, max_model_len=1024, probe_interval=0
+    )
+    core = EngineCore(config, InlineExecutor(config))
+    try:
+        for temperature in (0.0, 1.0):
+            print(json.dumps(measure(core, args.rows, args.tokens, args.rounds, temperature)), flush=True)
+    finally:
+        core.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
