@@ -32,7 +32,7 @@ except ImportError:  # a machine for kernels alone
 
 MAX_CHOICES = 1024
 # Of blanks between two parts of a JSON text: models that may write blanks for ever sometimes do.
-_BLANKS = r"[ \t\r\n]{1,32}"
+BLANKS = r"[ \t\r\n]{1,32}"
 # Compiled grammars of one process. A matcher's automaton grows as it is used, to 2 KB a state.
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 30_000
@@ -137,7 +137,7 @@ def grammar_text(spec: GuidedSpec) -> str:
     if spec.kind in ("json_object", "json_schema"):
         schema = '{"type": "object"}' if spec.kind == "json_object" else spec.text
         try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS})
+            text = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": BLANKS})
         except ValueError as error:
             raise _refusal(spec, f"not a JSON schema: {error}") from None
     elif spec.kind == "regex":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +37,11 @@ class Chat:
             return True
         return sum(len(message["content"]) for message in body.messages) > INLINE_CHARS
 
-    def render(self, body: ChatRequest) -> str:
-        """The prompt. RequestError when there is no template, or when it refuses the messages."""
+    def prompt(self, body: ChatRequest) -> tuple[str, GuidedSpec | None]:
+        """The prompt, and what the answer has to match.
+
+        RequestError when there is no template, or when it refuses the messages, and as `_guided` raises it.
+        """
         if self._template is None:
             raise RequestError(
                 "the checkpoint has no chat template, neither chat_template.jinja nor in tokenizer_config.json: "
@@ -45,26 +49,8 @@ class Chat:
                 param="messages",
                 code="no_chat_template",
             )
-        return self._template.render(body.messages, tools=body.usable_tools, variables=body.variables)
-
-    def guided(self, body: ChatRequest, prompt: str) -> GuidedSpec | None:
-        """What the answer has to match, after its reasoning: a call where tool_choice asks for one, or what the body
-        says. RequestError when it says both, or when the vocabulary has no markers to tell where reasoning ends."""
-        spec = body.guided
-        forced = body.forced_tools
-        if forced is not None:
-            if spec is not None:
-                raise RequestError(
-                    f"tool_choice asks for a tool call, and {body.guided_param} for something else", param="tool_choice"
-                )
-            spec = self._tool_call(body, forced)
-        if spec is None or prompt.rstrip().endswith(THINK_END):
-            return spec
-        markers = self._markers
-        if markers.think is None or markers.think_end is None:
-            return spec
-        start = None if starts_in_reasoning(prompt) else markers.think
-        return GuidedSpec(spec.kind, spec.text, reasoning_end_id=markers.think_end, reasoning_start_id=start)
+        text = self._template.render(body.messages, tools=body.usable_tools, variables=body.variables)
+        return text, self._guided(body, text)
 
     def choices(
         self, body: ChatRequest, prompt: TokenizedPrompt, requests: Sequence[EngineRequest]
@@ -77,11 +63,46 @@ class Chat:
             for i, request in enumerate(requests)
         ]
 
-    def _tool_call(self, body: ChatRequest, tools: dict[str, Schema]) -> GuidedSpec:
+    def _guided(self, body: ChatRequest, prompt: str) -> GuidedSpec | None:
+        """What the answer has to match, after its reasoning. RequestError when the body contradicts itself."""
+        spec = self._text_or_calls(body)
+        if spec is None or prompt.rstrip().endswith(THINK_END):
+            return spec
+        markers = self._markers
+        if markers.think is None or markers.think_end is None:
+            return spec
+        start = None if starts_in_reasoning(prompt) else markers.think
+        return GuidedSpec(spec.kind, spec.text, reasoning_end_id=markers.think_end, reasoning_start_id=start)
+
+    def _text_or_calls(self, body: ChatRequest) -> GuidedSpec | None:
+        spec, forced = body.guided, body.forced_tools
+        if forced is not None:
+            if spec is not None:
+                raise RequestError(
+                    f"tool_choice asks for a tool call, and {body.guided_param} for something else", param="tool_choice"
+                )
+            return self._tool_grammar(body, forced)
+        if spec is None:
+            return self._tool_grammar(body, body.schemas, free_text=True) if body.has_strict_tools else None
+        if not spec.kind.startswith("json") or not body.usable_tools:
+            return spec
+        # The model may still call a tool: what it says instead is bound.
+        try:
+            schema = {"type": "object"} if spec.kind == "json_object" else json.loads(spec.text)
+        except (ValueError, RecursionError):
+            return spec  # whoever compiles it says what is wrong
+        return self._tool_grammar(body, body.schemas, otherwise=schema if isinstance(schema, dict) else {})
+
+    def _tool_grammar(
+        self, body: ChatRequest, tools: dict[str, Schema], *, free_text: bool = False, otherwise: Schema | None = None
+    ) -> GuidedSpec:
         if self._markers.namespace is None:
             raise RequestError(
-                "tool_choice cannot ask for a call: the checkpoint's vocabulary has no token for tool calls",
-                param="tool_choice",
+                "the checkpoint's vocabulary has no token for tool calls: they cannot be bound to a schema",
+                param="tools",
                 code="unsupported_parameter",
             )
-        return GuidedSpec("grammar", tool_grammar(tools, self._markers.namespace, max_calls=body.max_calls))
+        text = tool_grammar(
+            tools, self._markers.namespace, max_calls=body.max_calls, free_text=free_text, otherwise=otherwise
+        )
+        return GuidedSpec("grammar", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import msgspec
@@ -195,6 +194,11 @@ class ChatRequest(GenerationRequest):
         return {function["name"]: function.get("parameters") or {} for function in functions}
 
     @property
+    def has_strict_tools(self) -> bool:
+        """Whether calls have to fit their schemas, if there are any."""
+        return any(tool["function"].get("strict") for tool in self.usable_tools)
+
+    @property
     def forced_tools(self) -> dict[str, Schema] | None:
         """The tools of which one has to be called, None when none has to."""
         if self.tool_choice == "required":
@@ -225,11 +229,6 @@ class ChatRequest(GenerationRequest):
             given["logprobs"] = self.top_logprobs or 0
         with renamed(logprobs="top_logprobs", max_tokens=name):
             return SamplingParams(**given)
-
-    def guided_after(self, start_id: int | None, end_id: int | None) -> GuidedSpec | None:
-        """`guided` for a text that follows reasoning, see GuidedSpec."""
-        spec = self.guided
-        return None if spec is None else replace(spec, reasoning_start_id=start_id, reasoning_end_id=end_id)
 
 
 # --- answers; UNSET fields are left out ----------------------------------------------------------------

@@ -249,11 +249,10 @@ class Ingress:
         info = await self._client.info()
         trace = request.state.trace
         with nullcontext() if trace is None else trace.part("tokenize"), renamed(prompt="messages"):
-            text = await self._beside(self._chat.is_long(body), lambda: self._chat.render(body))
+            text, guided = await self._beside(self._chat.is_long(body), lambda: self._chat.prompt(body))
             # The template has written the special tokens.
             prompts = await self._tokenize([text], info, add_special_tokens=False)
             num_tokens = self._check_lengths(prompts, n, info)
-        guided = self._chat.guided(body, text)
         sampling = body.sampling(info.max_model_len - num_tokens, guided)
         _check_vocabulary(sampling, info.vocab_size)
         await self._grammar_check.check(sampling.guided, body.guided_param or "tool_choice")

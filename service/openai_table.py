@@ -71,13 +71,13 @@ _NOTES = {
     "parallel_tool_calls": "false: at most one call",
     "presence_penalty": "-2 to 2",
     "reasoning_effort": "none, minimal: no thinking; low, medium: as the model decides; high, xhigh, max: thinking",
-    "response_format": "text, json_object, json_schema; the content is bound, reasoning before it is free",
+    "response_format": "text, json_object, json_schema; binds the content, not reasoning; tools may be called instead",
     "seed": "the same tokens on any replica, in any batch",
     "stop": "at most 16 strings; they end reasoning and tool calls too",
     "stream_options": "include_usage, and vLLM's continuous_usage_stats",
-    "tool_choice": "auto, none, required, one function by name; required and by name bind the model to the call format "
-    "and to the schema",
-    "tools": "functions; arguments are read by the schema. `strict` is accepted: with `auto` nothing binds the model",
+    "tool_choice": "auto, none (the model is not told of tools), required and one function by name (calls are bound to "
+    "their schemas)",
+    "tools": "functions; arguments are read by their schemas, and bound to them where one is `strict`",
     "top_logprobs": "0 to 20",
 }
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -191,7 +192,8 @@ class EngineClient:
         requests = [stream.attempt() for stream in departure.streams]
         self.series.observe_submit(len(requests))
         submit = Submit(batch.submit_id, self.endpoint, self.token, requests, self._chooser.model, departure.identity)
-        batch.call = asyncio.create_task(self._call(batch, encode(submit), departure.target))
+        # Of no HTTP request: Serve names and cancels calls by the request in whose context they are made.
+        batch.call = asyncio.create_task(self._call(batch, encode(submit), departure.target), context=Context())
         return batch.on_its_way
 
     def _cannot_go(self, stream: TokenStream) -> None:
@@ -220,8 +222,7 @@ class EngineClient:
         except Overloaded as error:
             for stream in self._take_open(batch):
                 stream.fail(error)
-        except Exception as error:
-            # Whatever Ray raises for a replica that died or cannot be reached.
+        except Exception as error:  # whatever Ray raises for a replica that died or cannot be reached
             self._lost(batch, f"{type(error).__name__}: {error}")
         finally:
             del self._batches[batch.submit_id]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import RequestError
+from engine.guided import BLANKS
 from service.parsers.arguments import ITEM, Schema, Schemas, types_of
 from service.parsers.tools import BLOCK, INVOKE, MAX_DEPTH, MAX_TAG_CHARS
 
@@ -36,11 +37,19 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multip
 _ANY: Schema = {}
 
 
-def tool_grammar(tools: Mapping[str, Schema], namespace_id: int, *, max_calls: int | None) -> str:
+def tool_grammar(
+    tools: Mapping[str, Schema],
+    namespace_id: int,
+    *,
+    max_calls: int | None,
+    free_text: bool = False,
+    otherwise: Schema | None = None,
+) -> str:
     """One call or more of these tools, and nothing else.
 
     tools: the schema of each one's arguments, by name.  namespace_id: token of the namespace marker.  max_calls: None:
-    any number.  Raises RequestError for a parameter that the format has no way to write.
+    any number.  free_text: any text may stand before the calls, or in place of them.  otherwise: schema of a JSON text
+    that may stand in place of them.  Raises RequestError for a parameter that the format has no way to write.
     """
     marker = f"<[{namespace_id}]>"
     rules: list[str] = []
@@ -50,9 +59,12 @@ def tool_grammar(tools: Mapping[str, Schema], namespace_id: int, *, max_calls: i
         begin = _quote(f'<{INVOKE} name="{name}">')
         calls.append(f"{marker} {begin} {inside} {marker} {_quote(f'</{INVOKE}>')}")
     repeat = "" if max_calls == 1 else "+"
-    start = f"start: {marker} {_quote(f'<{BLOCK}>')} (NEWLINE call){repeat} NEWLINE {marker} {_quote(f'</{BLOCK}>')}"
-    call = "call: " + " | ".join(calls)
-    return "\n".join([start, call, *rules, 'NEWLINE: "\\n"', _TERMINALS.strip()])
+    block = f"block: {marker} {_quote(f'<{BLOCK}>')} (NEWLINE call){repeat} NEWLINE {marker} {_quote(f'</{BLOCK}>')}"
+    start = ["start: TEXT? block?" if free_text else "start: block"]
+    if otherwise is not None:
+        text = {**otherwise, "x-guidance": {"whitespace_pattern": BLANKS}}
+        start = ["start: block | text", f"text: %json {json.dumps(text)}"]
+    return "\n".join([*start, block, "call: " + " | ".join(calls), *rules, r'NEWLINE: "\n"', _TERMINALS.strip()])
 
 
 class _Rules:

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from deploy.demo.writer import CHAT_TEMPLATE
 from engine.errors import CheckpointError, RequestError
+from engine.tokenizer import Tokenizer
 from service import chat_template
+from service.chat import Chat
 from service.chat_messages import Message, read_messages
 from service.chat_protocol import ChatRequest
 from service.chat_template import ChatTemplate
+from service.parsers.markers import THINK, THINK_END
 
 HELLO = {"role": "user", "content": "hi"}
 TEMPLATE = ChatTemplate(CHAT_TEMPLATE.read_text(encoding="utf-8"), {})
@@ -236,6 +239,28 @@ def test_templates_are_bounded_and_their_errors_name_a_message(
     with pytest.raises(RequestError) as caught:
         render(source, HELLO, HELLO)
     assert caught.value.param == "messages" and says in caught.value.message
+
+
+def test_a_checkpoint_without_a_template_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_dir(checkpoint)
+    prompt, guided = Chat(checkpoint, tokenizer).prompt(parse())
+    assert prompt.endswith("hi[e~[\n]~b]ai\n") and guided is None
+    with pytest.raises(RequestError, match="no chat template") as caught:
+        Chat(tmp_path, tokenizer).prompt(parse())
+    assert (caught.value.param, caught.value.code) == ("messages", "no_chat_template")
+
+
+@pytest.mark.parametrize(
+    ("effort", "opens", "closes"), [("none", False, False), ("low", True, True), ("high", False, True)]
+)
+def test_what_binds_the_content_lets_the_model_reason(checkpoint: Path, effort: str, opens: bool, closes: bool) -> None:
+    tokenizer = Tokenizer.from_dir(checkpoint)
+    _, guided = Chat(checkpoint, tokenizer).prompt(
+        parse(reasoning_effort=effort, response_format={"type": "json_object"})
+    )
+    assert guided is not None and guided.kind == "json_object"
+    assert guided.reasoning_start_id == (tokenizer.token_id(THINK) if opens else None)
+    assert guided.reasoning_end_id == (tokenizer.token_id(THINK_END) if closes else None)
 
 
 def test_where_templates_stand(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from engine.guided import Grammars, Guide
 from engine.tokenizer import Tokenizer
 from engine.types import GuidedSpec
 from service.parsers.markers import NAMESPACE
-from service.parsers.message import MessageParser
+from service.parsers.message import MessageParser, News
 from service.parsers.tools import ToolCall
 from service.tool_grammar import tool_grammar
 
@@ -43,23 +43,28 @@ class Walker:
         self._mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
 
     def calls(self, tools: dict[str, Any], max_calls: int | None) -> list[ToolCall] | None:
-        """What a message holds that a grammar bound; None when it is too long."""
+        """What a message holds that a grammar bound to calls; None when it is too long."""
+        news = self.message(tools, max_calls=max_calls)
+        assert news is None or not (news.content or news.reasoning)
+        return None if news is None else news.calls
+
+    def message(self, tools: dict[str, Any], **options: Any) -> News | None:
         namespace = self._tokenizer.token_id(NAMESPACE)
         assert namespace is not None
-        guide = Guide(self._grammars, GuidedSpec("grammar", tool_grammar(tools, namespace, max_calls=max_calls)))
+        guide = Guide(self._grammars, GuidedSpec("grammar", tool_grammar(tools, namespace, **options)))
         parser = MessageParser(in_reasoning=False, tools=tools)
         tokens: list[int] = []
         while len(tokens) < MAX_TOKENS:
             guide.fill(self._mask)
             assert guide.error is None
             bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little").nonzero()[0].tolist()
-            token = namespace if namespace in bits and self._rng.random() < 0.7 else self._rng.choice(bits)
+            token = self._rng.choice(bits)
+            if self._rng.random() < 0.7:
+                token = next((each for each in (namespace, *self._tokenizer.eos_token_ids) if each in bits), token)
             if token in self._tokenizer.eos_token_ids:
                 parser.push(self._tokenizer.decode(tokens))
                 parser.finish()
-                news = parser.news()
-                assert not news.content and not news.reasoning
-                return news.calls
+                return parser.news()
             tokens.append(token)
             guide.consume(token)
         return None
@@ -112,6 +117,33 @@ def test_one_call_or_more(grammars: Grammars, tokenizer: Tokenizer) -> None:
     found = [walker.calls({"f": {}, "g": {}}, None) or [] for _ in range(20)]
     assert {call.name for calls in found for call in calls} == {"f", "g"}
     assert {1, 2} <= {len(calls) for calls in found} and min(map(len, found)) > 0
+
+
+def test_free_text_and_then_calls_or_none(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    walker = Walker(grammars, tokenizer, random.Random(0))
+    schema = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
+    found = [walker.message({"f": schema}, max_calls=None, free_text=True) for _ in range(20)]
+    messages = [message for message in found if message is not None]
+    assert {(bool(message.content), bool(message.calls)) for message in messages} >= {(False, True), (True, True)}
+    for call in (call for message in messages for call in message.calls):
+        jsonschema.validate(json.loads(call.arguments), schema)
+
+
+def test_a_call_or_a_json_text(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    walker = Walker(grammars, tokenizer, random.Random(0))
+    schema = {
+        "type": "object",
+        "properties": {"x": {"type": "boolean"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    found = [walker.message({"f": {}}, max_calls=1, otherwise=schema) for _ in range(20)]
+    messages = [message for message in found if message is not None]
+    assert {len(message.calls) for message in messages} == {0, 1}
+    for message in messages:
+        assert bool(message.content) != bool(message.calls)
+        if message.content:
+            jsonschema.validate(json.loads(message.content), schema)
 
 
 @pytest.mark.parametrize(

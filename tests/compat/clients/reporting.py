@@ -29,7 +29,7 @@ def run(package: str, checks: list[tuple[str, Callable[[], None]]]) -> None:
             failed = True
             traceback.print_exc()
             first = (str(error).strip() or "no message").splitlines()[0]
-            line["result"] = f"{type(error).__name__}: {first}"[:160]
+            line["result"] = f"{type(error).__name__}: {first}"[:100]
         print("RESULT " + json.dumps(line), flush=True)
     sys.exit(1 if failed else 0)
 
