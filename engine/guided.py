@@ -70,11 +70,20 @@ class Grammars:
     vocab_size, eos_token_ids: as given.
     """
 
-    def __init__(self, model: str | Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """model: directory of the tokenizer.json, read at first use.  vocab_size: of the logits."""
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        max_compile_s: float | None = None,
+    ) -> None:
+        """model: directory of the tokenizer.json, read at first use.  vocab_size: of the logits.  max_compile_s: CPU
+        time after which a grammar is refused, though it is valid; not for ranks, which would not all agree."""
         self._file = Path(model) / "tokenizer.json"
         self.vocab_size = vocab_size
         self.eos_token_ids = list(eos_token_ids)
+        self._max_compile_s = max_compile_s
         self._lock = threading.Lock()  # of the cache
         self._compiling = threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
@@ -120,6 +129,8 @@ class Grammars:
         return self._tokenizer
 
     def _compile(self, spec: GuidedSpec) -> llguidance.LLMatcher:
+        self._vocabulary()
+        started_s = time.thread_time()
         limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         matcher = llguidance.LLMatcher(self._vocabulary(), grammar_text(spec), log_level=0, limits=limits)
         if not matcher.is_error():
@@ -128,6 +139,9 @@ class Grammars:
             reason = _reason(matcher)
             reason = "no text matches it" if reason.startswith("NoExtension") else reason
             raise _refusal(spec, reason)
+        seconds = time.thread_time() - started_s
+        if self._max_compile_s is not None and seconds > self._max_compile_s:
+            raise _refusal(spec, f"it takes {seconds:.1f} s to compile, at most {self._max_compile_s:g} s are allowed")
         return matcher
 
 

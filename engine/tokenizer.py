@@ -126,6 +126,11 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """Texts that are one token wherever they stand."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; empty for an id that the tokenizer does not know."""
         known = self._bytes.get(token_id)

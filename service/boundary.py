@@ -39,8 +39,10 @@ MAX_REQUEST_ID_CHARS = 128
 # A client that stalls in the middle of its body would hold a request slot for ever.
 BODY_TIMEOUT_S = 60.0
 DEADLINE_MESSAGE = "the request took longer than it may: see x-request-timeout-seconds and request_timeout_s"
-# Probes have no key, nor has a browser that opens the page: its own requests have.
-PUBLIC_PATHS = frozenset({"/", "/health", "/ready"})
+# Probes have no key.
+PUBLIC_PATHS = frozenset({"/health", "/ready"})
+# Nor has a browser that opens the page: the page's own requests have.
+PAGE_PATH = "/"
 _JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 
 
@@ -56,11 +58,13 @@ class Policy:
     """Who may use this process, and for how long.
 
     keys: None: everybody.  request_timeout_s: of a request without a header of its own; None: no limit.
+    public_paths: open to everybody.
     """
 
     keys: ApiKeys | None = None
     request_timeout_s: float | None = None
     cors_allow_origins: tuple[str, ...] = ()
+    public_paths: frozenset[str] = PUBLIC_PATHS
 
 
 class Boundary:
@@ -153,7 +157,7 @@ class Boundary:
         if self.policy is None:
             raise EngineDead("this HTTP front is starting")
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self.policy.keys is not None and path not in PUBLIC_PATHS:
+        if self.policy.keys is not None and path not in self.policy.public_paths:
             self.policy.keys.check(headers)
         if self.is_draining and path != "/health":
             raise ShuttingDown("the service is shutting down: it finishes what it has, and takes no new request")

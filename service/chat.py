@@ -10,6 +10,7 @@ from engine.errors import RequestError
 from engine.tokenizer import Tokenizer
 from engine.types import EngineRequest, GuidedSpec
 from service.chat_completion import MarkerIds, MessageChoice
+from service.chat_markers import MarkerEscapes
 from service.chat_protocol import ChatRequest
 from service.chat_template import ChatTemplate
 from service.choice import TokenizedPrompt
@@ -30,6 +31,7 @@ class Chat:
         """Raises CheckpointError when the checkpoint has a template that cannot be read."""
         self._template = ChatTemplate.from_dir(model)
         self._markers = MarkerIds.of(tokenizer)
+        self._escapes = MarkerEscapes(tokenizer.added_tokens)
 
     def is_long(self, body: ChatRequest) -> bool:
         """Whether rendering takes longer than a hop to a thread."""
@@ -37,8 +39,8 @@ class Chat:
             return True
         return sum(len(message["content"]) for message in body.messages) > INLINE_CHARS
 
-    def prompt(self, body: ChatRequest) -> tuple[str, GuidedSpec | None]:
-        """The prompt, and what the answer has to match.
+    def prompt(self, body: ChatRequest) -> tuple[list[str], GuidedSpec | None]:
+        """The prompt, in pieces that are encoded one by one, and what the answer has to match.
 
         RequestError when there is no template, or when it refuses the messages, and as `_guided` raises it.
         """
@@ -49,8 +51,13 @@ class Chat:
                 param="messages",
                 code="no_chat_template",
             )
-        text = self._template.render(body.messages, tools=body.usable_tools, variables=body.variables)
-        return text, self._guided(body, text)
+        escapes = self._escapes
+        text = self._template.render(
+            [escapes.message(message) for message in body.messages],
+            tools=[escapes.tool(tool) for tool in body.usable_tools],
+            variables=body.variables,
+        )
+        return escapes.pieces(text), self._guided(body, text)
 
     def choices(
         self, body: ChatRequest, prompt: TokenizedPrompt, requests: Sequence[EngineRequest]

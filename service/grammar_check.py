@@ -13,12 +13,20 @@ from engine.tokenizer import Tokenizer
 from engine.types import GuidedSpec
 from service.series import IngressSeries
 
+# The ranks of an engine compile it again, each once, and no step goes on meanwhile.
+MAX_COMPILE_S = 2.0
+
 
 class GrammarCheck:
     """Compiles grammars in a thread of its own, one at a time, and remembers the last ones that were valid."""
 
     def __init__(self, model: str | Path, tokenizer: Tokenizer, series: IngressSeries) -> None:
-        self._grammars = Grammars(model, vocab_size=tokenizer.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
+        self._grammars = Grammars(
+            model,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_ids=tokenizer.eos_token_ids,
+            max_compile_s=MAX_COMPILE_S,
+        )
         self._series = series
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._thread.submit(self._grammars.warm)

@@ -28,7 +28,7 @@ from engine.tokenizer import Tokenizer
 from engine.types import MAX_SEED, EngineInfo, EngineRequest, SamplingParams, check_prompt_len
 from service import tracing
 from service.auth import ApiKeys
-from service.boundary import Boundary, Policy, read_body
+from service.boundary import PAGE_PATH, PUBLIC_PATHS, Boundary, Policy, read_body
 from service.chat import Chat
 from service.chat_protocol import ChatCompletion, ChatCompletionChunk, ChatRequest
 from service.choice import TokenizedPrompt
@@ -147,6 +147,7 @@ class Ingress:
             keys=ApiKeys.of(settings),
             request_timeout_s=settings.request_timeout_s,
             cors_allow_origins=tuple(settings.cors_allow_origins),
+            public_paths=PUBLIC_PATHS | {PAGE_PATH} if settings.enable_playground else PUBLIC_PATHS,
         )
         self._bodies = BodyBudget(MAX_BODIES_IN_FLIGHT * settings.max_body_bytes)
         self._tracer = Boundary.tracer = tracing.open_ingress(settings, serve.get_replica_context().replica_tag)
@@ -249,13 +250,15 @@ class Ingress:
         info = await self._client.info()
         trace = request.state.trace
         with nullcontext() if trace is None else trace.part("tokenize"), renamed(prompt="messages"):
-            text, guided = await self._beside(self._chat.is_long(body), lambda: self._chat.prompt(body))
+            pieces, guided = await self._beside(self._chat.is_long(body), lambda: self._chat.prompt(body))
             # The template has written the special tokens.
-            prompts = await self._tokenize([text], info, add_special_tokens=False)
+            encoded = await self._tokenize([*pieces], info, add_special_tokens=False)
+            token_ids = [token_id for piece in encoded for token_id in piece.token_ids]
+            prompts = [TokenizedPrompt("".join(pieces), token_ids, self._tokenizer)]
             num_tokens = self._check_lengths(prompts, n, info)
         sampling = body.sampling(info.max_model_len - num_tokens, guided)
         _check_vocabulary(sampling, info.vocab_size)
-        await self._grammar_check.check(sampling.guided, body.guided_param or "tool_choice")
+        await self._grammar_check.check(sampling.guided, body.guided_param or "tools")
         head = self._head("chatcmpl", info)
         requests = _engine_requests(head["id"], prompts, sampling, n)
         run = GenerationRun(

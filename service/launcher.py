@@ -205,7 +205,7 @@ def _drain(settings: ServiceSettings, signals: _Signals, *, is_ours: bool) -> No
             _say(f"not done within graceful_shutdown_timeout_s={limit_s:g}: {drain.num_running} requests are cut off")
     if not is_ours:
         _bounded(lambda: serve.delete(APP_NAME, _blocking=False))
-        deadline_s = time.monotonic() + DRAIN_SPARE_S + (limit_s if drain.num_running else 0)
+        deadline_s = time.monotonic() + limit_s + DRAIN_SPARE_S
         while _application_status() is not None and time.monotonic() < deadline_s:
             if signals.cut.wait(timeout=POLL_S):
                 break

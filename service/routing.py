@@ -2,9 +2,10 @@
 
 The rule, for the replicas that Serve runs and that fit (see `fits`):
 
-1. A replica may be chosen while its load is at most `slack` above that of the least loaded one, and it has room.
-2. Of these, the one that holds the longest prefix; equal: the least loaded; equal: the first in an order that the
-   prompt's first page decides, the same in every ingress.
+1. A replica that holds a part of the prefix may be chosen for it while its load is at most `slack` times that part
+   above the least one: for all of the prefix it may be fuller than for a little. And it must have room.
+2. Of these, the one that holds most; equal: the least loaded; equal: the first in an order that the prompt's first page
+   decides, the same in every ingress. If there is none, the least loaded of all.
 
 Load is what replicas report with every message (engine tokens and requests, of all ingresses), plus what this ingress
 has sent and no replica has accepted yet. Which pages a replica holds is what this ingress sent there: evictions are not
@@ -82,8 +83,8 @@ class RoutingTable:
     """The replicas of one deployment as an ingress knows them.
 
     model: that requests are made for; replicas that say they serve another one do not fit.  idle: the load of one that
-    has not spoken yet.  slack: by how much the load of a chosen replica, a share as in Load.share, may be above the
-    least.  max_pages: the bound of the table.
+    has not spoken yet.  slack: by how much the load of a replica that holds all of a prefix, a share as in Load.share,
+    may be above the least.  max_pages: the bound of the table.
     """
 
     def __init__(self, model: str, idle: Load, *, slack: float, max_pages: int = MAX_PAGES) -> None:
@@ -148,8 +149,10 @@ class RoutingTable:
         held = self._num_held(keys, replicas)
         shares = {name: replica.share for name, replica in replicas.items()}
         with_room = [name for name, replica in replicas.items() if replica.has_room] or list(replicas)
-        limit = min(shares[name] for name in with_room) + self._slack
-        eligible = [name for name in with_room if held[name] and shares[name] <= limit]
+        least = min(shares[name] for name in with_room)
+        eligible = [
+            name for name in with_room if held[name] and shares[name] <= least + self._slack * held[name] / len(keys)
+        ]
         order = {name: _order(name, token_ids, keys) for name in replicas}
         best = min(eligible or with_room, key=lambda name: (-held[name] * bool(eligible), shares[name], order[name]))
         if not any(held.values()):

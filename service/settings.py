@@ -117,10 +117,10 @@ class ServiceSettings(BaseSettings):
         "one with fewer open calls of two that chance picks",
     )
     prefix_routing_slack: float = Field(
-        default=0.25,
+        default=0.5,
         ge=0,
         description="the share of its target_tokens_per_replica or max_num_seqs by which a replica may be fuller than "
-        "the least loaded one and still get requests for the prefix that it holds",
+        "the least loaded one and still get requests whose whole prefix it holds; for a part of it, that part of this",
     )
     ingress_replicas: int = Field(default=1, ge=1, description="HTTP front processes")
     metrics_port: int = Field(

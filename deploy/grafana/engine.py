@@ -128,13 +128,15 @@ def _steps() -> tuple[Panel, ...]:
         Panel(
             Kind.STACKED,
             "Where a step goes",
-            "Mean time per step on rank 0: planning, in the model, and in Python around it. Where the next step is "
-            f"planned while one runs, the parts overlap and can exceed the step. {IDLE}",
+            "Mean time per step on rank 0: planning, in the model, in Python around it, and making the masks of "
+            "grammars. Where the next step is planned while one runs, the parts overlap and can exceed the step. "
+            f"{IDLE}",
             "s",
             (
                 Query(per_step("m3_forward_seconds_total"), "model"),
                 Query(per_step("m3_python_seconds_total"), "Python around it"),
                 Query(per_step("m3_plan_seconds_total"), "planning"),
+                Query(per_step("m3_guided_mask_seconds_total"), "masks"),
             ),
         ),
         Panel(

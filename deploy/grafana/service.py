@@ -228,12 +228,14 @@ def _tokens() -> tuple[Panel, ...]:
         Panel(
             Kind.TIME_SERIES,
             "Tokens",
-            "Prompt tokens that engines computed, tokens that they sampled, and tokens that clients got; sampled above "
-            "delivered is text held back for a stop string, or lost with a replica and made again.",
+            "Prompt tokens that engines computed, tokens that they sampled, those among them under a grammar, and "
+            "tokens that clients got; sampled above delivered is text held back for a stop string, or lost with a "
+            "replica and made again.",
             _TOKENS_PER_S,
             (
                 Query(rate("m3_prompt_tokens_total", "", WINDOW, *MODEL), "prompt, computed"),
                 Query(rate("m3_generation_tokens_total", "", WINDOW, *MODEL), "sampled"),
+                Query(rate("m3_guided_tokens_total", "", WINDOW, *MODEL), "sampled, guided"),
                 Query(rate("m3_delivered_tokens_total", "", WINDOW, *MODEL), "delivered"),
             ),
         ),
@@ -283,6 +285,21 @@ def _front() -> tuple[Panel, ...]:
             f"Encoding the texts of one HTTP request, in a thread of the ingress. {IDLE}",
             "s",
             quantiles("m3_tokenize_seconds", *MODEL),
+        ),
+        Panel(
+            Kind.TIME_SERIES,
+            "Guided requests",
+            "Requests per second whose text has to match a schema, a regular expression, a list or a grammar: hit, it "
+            "was compiled already.",
+            "suffix: requests/s",
+            (Query(rate("m3_grammars_total", "cache", WINDOW, *MODEL), "{{cache}}"),),
+        ),
+        Panel(
+            Kind.TIME_SERIES,
+            "Compile a grammar",
+            f"Of those that were not, in a thread of the ingress, its queue included. {IDLE}",
+            "s",
+            quantiles("m3_grammar_compile_seconds", *MODEL),
         ),
         Panel(
             Kind.TIME_SERIES,
@@ -347,11 +364,13 @@ def _failover() -> tuple[Panel, ...]:
         Panel(
             Kind.STAT,
             "Integrity",
-            "Requests whose logits were not finite, ends that replica and ingress counted differently, and page "
-            "accounting that did not balance, over the whole time range. Each should be 0.",
+            "Requests whose logits were not finite or whose grammar got too complex to go on, ends that replica and "
+            "ingress counted differently, and page accounting that did not balance, over the whole time range. Each "
+            "should be 0.",
             "none",
             (
                 Query(increase("m3_requests_not_finite_total", "", RANGE, *MODEL), "not finite"),
+                Query(increase("m3_requests_not_guided_total", "", RANGE, *MODEL), "not guided"),
                 Query(increase("m3_token_mismatches_total", "", RANGE, *MODEL), "token mismatches"),
                 Query(increase("m3_page_check_failures_total", "", RANGE, *MODEL), "page checks"),
             ),

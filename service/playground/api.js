@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 // The service may stand below a path of its own.
 const BASE = location.pathname.replace(/\/?$/, "/");
 const POLL_MS = 1000;
+const MODELS_EVERY = 5;
 const HISTORY_MS = 30000;
 
 function make(tag, className, text) {

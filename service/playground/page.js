@@ -252,9 +252,13 @@ async function poll() {
   await Promise.all([loadModels(), loadLayers()]);
 }
 
-// A page that nobody sees asks for nothing.
+// A page that nobody sees asks for nothing. The model hardly ever changes.
+let turn = 0;
 async function keepPolling() {
-  if (!document.hidden) await poll();
+  if (!document.hidden) {
+    const isDue = turn++ % MODELS_EVERY === 0 || $("status").className !== "ok";
+    await (isDue ? poll() : loadLayers());
+  }
   setTimeout(keepPolling, POLL_MS);
 }
 

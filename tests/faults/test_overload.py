@@ -34,8 +34,12 @@ def fleet(cluster: Cluster, checkpoint: Path) -> Iterator[Fleet]:
         tensor_parallel_size=1,
         max_num_seqs=MAX_NUM_SEQS,
         max_queued_requests=MAX_QUEUED,
+        # So few that all are in use after a moment: from then on memory should not grow.
+        num_pages=120,
+        # A machine that is busy with other things is no reason to fail.
         step_timeout_s=60.0,
-        silence_timeout_s=30.0,
+        silence_timeout_s=60.0,
+        submit_timeout_s=60.0,
     ) as fleet:
         yield fleet
 

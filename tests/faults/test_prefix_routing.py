@@ -18,11 +18,13 @@ from service.stream import EngineClient
 from tests.cluster import Cluster, engine_client
 
 NUM_DOCUMENTS = 12
-NUM_QUESTIONS = 10
-DOCUMENT_PAGES = 8
+NUM_QUESTIONS = 5
+DOCUMENT_PAGES = 6
 CONCURRENCY = 4
-# 12 documents take 96 pages: one engine cannot keep them all, two can.
-NUM_PAGES = 76
+# 12 documents take 72 pages: one engine cannot keep them all, two can.
+NUM_PAGES = 56
+# By chance and by prefix in turn, each on documents of its own: what else the machine does meets both.
+NUM_PHASES = 6
 pytestmark = pytest.mark.full
 
 
@@ -39,10 +41,10 @@ class Outcome:
         return self.cached_tokens / self.prompt_tokens
 
 
-def requests() -> list[EngineRequest]:
-    """Every question about every document, in an order that chance fixes once."""
+def requests(phase: int) -> list[EngineRequest]:
+    """Every question about every document of a phase, in an order that chance fixes once."""
     documents = [
-        [100 + (number * 971 + i * i * 7) % 3000 for i in range(DOCUMENT_PAGES * PAGE_SIZE)]
+        [100 + ((phase * NUM_DOCUMENTS + number) * 971 + i * i * 7) % 3000 for i in range(DOCUMENT_PAGES * PAGE_SIZE)]
         for number in range(NUM_DOCUMENTS)
     ]
     made = [
@@ -54,9 +56,7 @@ def requests() -> list[EngineRequest]:
     return made
 
 
-async def ask_all(client: EngineClient) -> Outcome:
-    outcome, queue = Outcome(), requests()
-
+async def ask_all(client: EngineClient, queue: list[EngineRequest], outcome: Outcome) -> None:
     async def ask() -> None:
         while queue:
             request = queue.pop()
@@ -70,37 +70,40 @@ async def ask_all(client: EngineClient) -> Outcome:
                 first = False
 
     await asyncio.gather(*(ask() for _ in range(CONCURRENCY)))
-    return outcome
 
 
-def run(cluster: Cluster, *, prefix_routing: bool) -> Outcome:
+def test_prefix_routing_finds_more_of_the_prompts_in_the_cache(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = cluster.settings(
         CHECKPOINT,
         served_model_name="prefixes",
         replicas=2,
-        prefix_routing=prefix_routing,
         dtype="bfloat16",
         max_model_len=2048,
         max_num_seqs=8,
         num_pages=NUM_PAGES,
         max_num_batched_tokens=512,
     )
+    outcomes = {False: Outcome(), True: Outcome()}
 
-    async def work(handle: Any) -> Outcome:
-        async with engine_client(settings, handle) as client:
-            await client.info()
-            return await ask_all(client)
+    async def run(handle: Any) -> None:
+        for phase in range(NUM_PHASES):
+            by_prefix = bool(phase % 2)
+            chosen = settings.model_copy(update={"prefix_routing": by_prefix})
+            async with engine_client(chosen, handle) as client:
+                await client.info()
+                await ask_all(client, requests(phase), outcomes[by_prefix])
 
     with cluster.engine(settings) as handle:
-        return asyncio.run(work(handle))
-
-
-def test_prefix_routing_finds_more_of_the_prompts_in_the_cache(cluster: Cluster) -> None:
-    by_chance = run(cluster, prefix_routing=False)
-    by_prefix = run(cluster, prefix_routing=True)
-    for name, outcome in (("by chance", by_chance), ("by prefix", by_prefix)):
+        asyncio.run(run(handle))
+    for by_prefix, outcome in outcomes.items():
         p50, p95 = statistics.median(outcome.ttft_s), statistics.quantiles(outcome.ttft_s, n=20)[-1]
-        print(f"{name}: hit rate {outcome.hit_rate:.3f}, TTFT p50 {p50 * 1e3:.0f} ms, p95 {p95 * 1e3:.0f} ms")
-    # Each document is computed once; the rest is found.
-    assert by_prefix.hit_rate > 0.8
-    assert by_prefix.hit_rate > by_chance.hit_rate + 0.1
+        with capsys.disabled():
+            print(
+                f"\n{'by prefix' if by_prefix else 'by chance'}: {len(outcome.ttft_s)} requests, hit rate "
+                f"{outcome.hit_rate:.3f}, TTFT p50 {p50 * 1e3:.0f} ms, p95 {p95 * 1e3:.0f} ms"
+            )
+    # A document is computed once, and the other questions about it find it.
+    assert outcomes[True].hit_rate > 0.7
+    assert outcomes[True].hit_rate > outcomes[False].hit_rate + 0.1

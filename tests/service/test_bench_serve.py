@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,21 +94,26 @@ def source(*, as_text: bool = False, tokenizer: Tokenizer | None = None) -> Toke
     return TokenSource(random.Random(0), max_token_id=400, as_text=as_text, tokenizer=tokenizer)
 
 
+def token_ids(prompt: workload.Prompt) -> list[int]:
+    assert isinstance(prompt.content, msgspec.Raw)
+    return msgspec.json.decode(prompt.content, type=list[int])
+
+
 def test_lengths_are_spread_by_the_ratio() -> None:
     prompts = workload.random_prompts(300, source(), random.Random(0), input_tokens=100, output_tokens=10, ratio=0.5)
     lengths = [prompt.input_tokens for prompt in prompts]
     assert (min(lengths), max(lengths)) == (50, 150)
     assert {prompt.output_tokens for prompt in prompts} == set(range(5, 16))
-    assert all(len(prompt.content) == prompt.input_tokens for prompt in prompts)
+    assert all(len(token_ids(prompt)) == prompt.input_tokens for prompt in prompts)
 
 
 def test_groups_share_their_prefix_and_nothing_else() -> None:
     prompts = workload.shared_prefix_prompts(
         9, source(), random.Random(0), num_prefixes=3, prefix_tokens=20, input_tokens=8, output_tokens=4, ratio=0
     )
-    heads = {(prompt.group, tuple(prompt.content[:20])) for prompt in prompts}
+    heads = {(prompt.group, tuple(token_ids(prompt)[:20])) for prompt in prompts}
     assert len(heads) == 3 and [sum(p.group == i for p in prompts) for i in range(3)] == [3, 3, 3]
-    assert len({tuple(prompt.content[20:]) for prompt in prompts}) == 9
+    assert len({tuple(token_ids(prompt)[20:]) for prompt in prompts}) == 9
 
 
 def test_a_mix_follows_its_weights() -> None:

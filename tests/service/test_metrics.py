@@ -161,13 +161,20 @@ def test_every_series_is_in_the_catalog_and_has_its_labels(scrapes: tuple[Scrape
         assert sample.labels.keys() - {"le"} == set(known[name].labels), sample
 
 
-# What needs a fault, a text prompt or a second rank.
+# What needs a fault, a text prompt, a grammar or a second rank.
 NOT_SEEN = {
     *("m3_rank_collective_seconds_total", "m3_index_guard_trips_total"),
     *("m3_failovers_given_up_total", "m3_failover_seconds", "m3_failovers_total", "m3_engine_deaths_total"),
     *("m3_submits_not_accepted_total", "m3_token_mismatches_total"),
     *("m3_page_check_failures_total", "m3_requests_not_finite_total"),
-    *("m3_dropped_messages_total", "m3_tokenize_seconds", "m3_num_preemptions_total", "m3_page_evictions_total"),
+    *("m3_grammars_total", "m3_grammar_compile_seconds", "m3_guided_tokens_total", "m3_guided_mask_seconds_total"),
+    *(
+        "m3_requests_not_guided_total",
+        "m3_dropped_messages_total",
+        "m3_tokenize_seconds",
+        "m3_num_preemptions_total",
+        "m3_page_evictions_total",
+    ),
 }
 
 

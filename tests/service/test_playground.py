@@ -67,6 +67,12 @@ def test_the_page_is_open_and_its_policy_lets_nothing_else_run(url: str) -> None
     assert not re.search(r"\son\w+=|\sstyle=|\ssrc=", answer.text)
 
 
+def test_nothing_else_is_open(url: str) -> None:
+    for path in ("//", "/playground", "/page.html"):
+        assert httpx.get(f"{url}{path}").status_code == 401
+    assert httpx.post(f"{url}/", json={}).status_code == 405
+
+
 def test_layers_need_the_key_and_are_what_the_series_say(cluster: Cluster, url: str) -> None:
     assert httpx.get(f"{url}/playground/layers").status_code == 401
     complete(url)

@@ -153,6 +153,16 @@ def test_what_no_text_matches_is_refused(grammars: Grammars, kind: str, text: st
         grammars.matcher(GuidedSpec(kind, text))
 
 
+def test_what_takes_long_to_compile_is_refused_where_a_limit_is_set(checkpoint: Path, grammars: Grammars) -> None:
+    members = {f"member{i}": {"type": "string"} for i in range(200)}
+    spec = GuidedSpec("json_schema", json.dumps({"type": "object", "properties": members}))
+    grammars.matcher(spec)
+    eos_token_ids = grammars.eos_token_ids
+    hasty = Grammars(checkpoint, vocab_size=VOCAB, eos_token_ids=eos_token_ids, max_compile_s=1e-6)
+    with pytest.raises(RequestError, match=r"to compile, at most 1e-06 s"):
+        hasty.matcher(spec)
+
+
 def test_a_chain_of_rules_does_not_end_the_process(grammars: Grammars) -> None:
     """The compiler recurses along it, past what the stack of a usual thread holds."""
     rules = [f"r{i}: r{i + 1}\n" for i in range(4500)]

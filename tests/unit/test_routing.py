@@ -88,6 +88,16 @@ def test_an_overloaded_holder_is_passed_over(busy: Load) -> None:
     assert choose(routing, prompt(1)).replica_id == "b"
 
 
+@pytest.mark.parametrize(("num_held", "choice"), [(10, Choice.PREFIX), (5, Choice.PREFIX), (4, Choice.OVERLOADED)])
+def test_a_small_part_of_the_prefix_is_worth_less_imbalance(num_held: int, choice: Choice) -> None:
+    routing = table("a")
+    whole = prompt(1, 10.5)
+    choose(routing, [*whole[: num_held * PAGE_SIZE], 5]).close()
+    routing.update(["a", "b"])
+    routing.heard_load(load("a", requests=1))
+    assert choose(routing, whole).choice is choice
+
+
 def test_what_is_on_its_way_counts_until_a_replica_reports_it() -> None:
     routing = table("a", "b")
     tickets = [choose(routing, [number, 2, 3]) for number in range(8)]
