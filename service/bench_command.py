@@ -9,7 +9,6 @@ from typing import Any
 
 from service.bench import offline
 from service.bench.arguments import add_kernels, add_load, add_metrics, add_slice, count, counts
-from service.bench.serving import run as serving
 from service.bench.serving.arguments import add_serve
 from service.serve_command import demo_checkpoint
 
@@ -50,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     alone.set_defaults(run=_offline)
     remote = kinds.add_parser("serve", help="load on an OpenAI-compatible endpoint", allow_abbrev=False)
     add_serve(remote)
-    remote.set_defaults(run=serving.from_args)
+    remote.set_defaults(run=_serve)
     kernels = kinds.add_parser("kernels", help="every GPU operation beside its floor", allow_abbrev=False)
     add_kernels(kernels)
     kernels.set_defaults(run=_kernels)
@@ -83,7 +82,12 @@ def _offline(args: argparse.Namespace) -> int:
     )
 
 
-# By name: the other commands need neither torch nor Triton.
+# By name: the other commands need neither torch nor Triton, nor an HTTP client.
+def _serve(args: argparse.Namespace) -> int:
+    status: int = importlib.import_module("service.bench.serving.run").from_args(args)
+    return status
+
+
 def _kernels(args: argparse.Namespace) -> int:
     status: int = importlib.import_module("service.bench.kernels").from_args(args)
     return status

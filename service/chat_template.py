@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -50,11 +52,21 @@ class _Rendering(threading.local):
             raise _TooMuch(f"takes longer than {MAX_RENDER_S:g} s")
 
 
+class _Generation(Extension):
+    """`{% generation %}`, which marks what an assistant says for training: here it is what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Every attribute, entry and call passes through here."""
 
     def __init__(self, rendering: _Rendering) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         self._rendering = rendering
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise

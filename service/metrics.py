@@ -227,8 +227,8 @@ OPEN_REQUESTS = _requests.gauge(
 ENGINE_LOAD = _requests.gauge(
     "m3_engine_load",
     "ratio",
-    "Tokens of open requests per target_tokens_per_replica, or open requests per max_num_seqs if that is more; 1: full. "
-    "Autoscaling wants as many replicas as the sum over them",
+    "Tokens of open requests per target_tokens_per_replica, or open requests per max_num_seqs if that is more; 1: "
+    "full. Autoscaling wants as many replicas as the sum over them",
     _ENGINE,
 )
 

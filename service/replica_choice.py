@@ -48,6 +48,7 @@ class ReplicaChooser:
         self.model = model_identity(settings)
         self._series = series
         self._handle = handle
+        self._num_asked = 0
         self._by_prefix = settings.prefix_routing
         self._num_keys = None if settings.enable_prefix_caching else 0
         self._table = RoutingTable(
@@ -66,9 +67,14 @@ class ReplicaChooser:
         return description.model == self.model
 
     def candidate(self) -> str | None:
-        """Some replica that may serve this ingress; None when that is not known."""
-        self._table.update(running(self._handle))
-        return next(iter(self._table.fits()), None)
+        """A replica that may serve this ingress, each in turn; None when all may, or none is known."""
+        replica_ids = running(self._handle)
+        self._table.update(replica_ids)
+        fits = self._table.fits()
+        if not fits or len(fits) == len(replica_ids):
+            return None
+        self._num_asked += 1
+        return fits[self._num_asked % len(fits)]
 
     def assign(self, streams: Sequence[TokenStream]) -> tuple[list[Departure], list[TokenStream]]:
         """Which streams leave together, and those that no replica that runs may take."""

@@ -63,8 +63,7 @@ class EngineClient:
         self._num_attempts = 0
         self.num_submits = 0
         self._tasks: list[asyncio.Task[None]] = []
-        # Why no more requests are taken.
-        self._stopped: str | None = None
+        self._stopped: str | None = None  # why no more requests are taken
 
     async def start(self, handle: Any) -> None:
         """Bind the event socket and begin to watch the replicas behind `handle` (a Serve DeploymentHandle)."""

@@ -15,7 +15,7 @@ class LoadRow:
     capacity: requests a second of a closed loop.  offered, accepted, refused: requests.  broken: accepted, not whole.
     refused_*_ms: from the time a request was due to its 429.  ttft_*_ms, itl_*_ms: of accepted ones, time to the first
     token and between two, those sent in the first and in the second half.  health_*_ms: GET /health meanwhile, which no
-    engine sees.  rss_mb: growth of every process over the last two thirds.  pages, requests, tasks: left over once it
+    engine sees.  rss_mb: growth of every process in the second half.  pages, requests, tasks: left over once it
     was idle again.
     """
 

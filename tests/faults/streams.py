@@ -14,6 +14,8 @@ import httpx
 STREAM_TIMEOUT_S = 150.0
 # Its embedding is NaN in the checkpoint of these tests.
 POISON_TOKEN_ID = 500
+# A text of it ends within no number of tokens that is asked for here.
+ENDLESS = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 5000}
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ Strike = Callable[[Sequence[Record]], Awaitable[None]]
 
 
 def bodies(model: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
-    """Requests of all sorts: greedy and sampled, short and long, alone and with a common prefix.
+    """Requests of all sorts: greedy and sampled, short and long, alone and with a common prefix, free and guided.
 
     Every fifth prompt is longer than what the sparse layers select. None can sample POISON_TOKEN_ID.
     """
@@ -50,6 +52,8 @@ def bodies(model: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
         more = {"presence_penalty": 0.5, "repetition_penalty": 1.1} if i % 4 == 2 else {}
         prompt = common + own if i % 3 == 1 else own
         fixed = {"max_tokens": max_tokens, "ignore_eos": True, "logit_bias": {str(POISON_TOKEN_ID): -100}}
+        if i % 6 == 3:
+            more |= {"ignore_eos": False, "guided_json": ENDLESS}
         out.append({"model": model, "prompt": prompt} | fixed | sampled | more)
     return out
 

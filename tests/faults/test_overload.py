@@ -34,7 +34,7 @@ def fleet(cluster: Cluster, checkpoint: Path) -> Iterator[Fleet]:
         tensor_parallel_size=1,
         max_num_seqs=MAX_NUM_SEQS,
         max_queued_requests=MAX_QUEUED,
-        # So few that all are in use after a moment: from then on memory should not grow.
+        # So few that all have been in use after a moment: from then on memory should not grow.
         num_pages=120,
         # A machine that is busy with other things is no reason to fail.
         step_timeout_s=60.0,
@@ -53,7 +53,7 @@ def endure(fleet: Fleet, row: LoadRow, *, seconds: float, warm_up_s: float) -> l
     row.capacity = asyncio.run(saturate(fleet.url, requests(fleet, 0), clients=MAX_NUM_SEQS, seconds=warm_up_s))
     fleet.wait_until_idle()
     num_tasks = fleet.num_tasks()
-    with Memory(fleet, after_s=seconds / 3) as memory:
+    with Memory(fleet, after_s=seconds / 2) as memory:
         outcomes, health_s = asyncio.run(overload(fleet, rate=OVERLOAD * row.capacity, seconds=seconds))
     row.enter(outcomes, seconds=seconds)
     row.health_p50_ms, row.health_p99_ms = (1000 * percentile(health_s, share) for share in (0.5, 0.99))

@@ -28,14 +28,13 @@ from engine.transport import Gate, Header, Kind, encode, pack
 from engine.types import EngineRequest, SamplingParams, StepPlan, StepResult
 from service.auth import ApiKeys
 from service.boundary import Boundary, Policy, read_body
+from service.chat import Chat
 from service.chat_protocol import ChatRequest
-from service.chat_template import ChatTemplate
 from service.errors import answer
 from service.limits import BodyBudget, read_timeout
 from service.messages import Abort, Accepted, Load, StepEvents, Submit, SubmitReply
 from service.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest, check_token_ids
 from service.request_body import RequestBody
-from service.tool_grammar import tool_grammar
 from tests.checkpoints import make_checkpoint
 
 MAX_ANSWER_BYTES = 8000
@@ -73,10 +72,8 @@ def tokenizer() -> Tokenizer:
 
 
 @functools.cache
-def chat_template() -> ChatTemplate:
-    found = ChatTemplate.from_dir(checkpoint())
-    assert found is not None
-    return found
+def chat() -> Chat:
+    return Chat(checkpoint(), tokenizer())
 
 
 @functools.cache
@@ -111,11 +108,9 @@ def _accept(model: type[RequestBody], data: bytes) -> None:
                 tokenizer().encode_batch([prompt])
     elif isinstance(taken, ChatRequest):
         taken.check(max_choices=64)
-        text = chat_template().render(taken.messages, tools=taken.usable_tools, variables=taken.variables)
-        tokenizer().encode_batch([text])
-        if taken.forced_tools is not None:
-            tool_grammar(taken.forced_tools, 5, max_calls=taken.max_calls)
-        encode(taken.sampling(100, taken.guided))
+        pieces, guided = chat().prompt(taken)
+        tokenizer().encode_batch(pieces)
+        encode(taken.sampling(100, guided))
     elif isinstance(taken, TokenizeRequest):
         tokenizer().encode_batch([taken.prompt])
     elif isinstance(taken, DetokenizeRequest) and taken.tokens:

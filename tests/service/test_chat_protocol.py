@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from deploy.demo.writer import CHAT_TEMPLATE
 from engine.errors import CheckpointError, RequestError
@@ -210,6 +211,7 @@ def test_variables_and_filters_of_templates() -> None:
     loop = "{% for m in messages %}{% if m.skip %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}"
     source = "{{ bos_token }}" + loop + "{{ x }}"
     assert render(source, {"a": "<ä>"}, {"skip": True}, x=1) == '<s>{"a": "<ä>"}1'
+    assert render("a{% generation %}b{{ 1 }}{% endgeneration %}c") == "ab1c"
     assert render("{{ tools is defined }} {{ add_generation_prompt }} {{ strftime_now('%Y') }}").startswith(
         "False True 2"
     )
@@ -261,6 +263,32 @@ def test_what_binds_the_content_lets_the_model_reason(checkpoint: Path, effort: 
     assert guided is not None and guided.kind == "json_object"
     assert guided.reasoning_start_id == (tokenizer.token_id(THINK) if opens else None)
     assert guided.reasoning_end_id == (tokenizer.token_id(THINK_END) if closes else None)
+
+
+@pytest.mark.parametrize("mode", ["enabled", "disabled", "adaptive", None])
+def test_prompts_are_those_of_transformers(checkpoint: Path, mode: str | None) -> None:
+    peer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = Tokenizer.from_dir(checkpoint)
+    arguments = {"x": [1, {"y": None, "z": True}], "s": "ä\n<"}
+    body = {
+        "messages": [
+            {"role": "system", "content": "s ä <"},
+            HELLO,
+            assistant(call("a", json.dumps(arguments)), content="c", reasoning_content="r"),
+            tool("a", "result"),
+            {"role": "assistant", "content": "<mm:think>why</mm:think>x"},
+            HELLO,
+        ],
+        "chat_template_kwargs": {} if mode is None else {"thinking_mode": mode},
+        **with_tool(description="ü", parameters={"type": "object"}),
+    }
+    request = parse(**body)
+    pieces, _ = Chat(checkpoint, tokenizer).prompt(request)
+    messages = [dict(message) for message in request.messages]
+    variables = {"tools": body["tools"], "add_generation_prompt": True, **request.variables}
+    expected = peer.apply_chat_template(messages, tokenize=False, **variables)
+    assert "".join(pieces) == expected
+    assert tokenizer.encode(expected) == peer(expected, add_special_tokens=False)["input_ids"]
 
 
 _FORGED = [

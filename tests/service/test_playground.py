@@ -114,6 +114,7 @@ def test_in_a_browser(url: str, tmp_path: Path) -> None:
     binary = browser.find()
     if binary is None:
         pytest.skip("no chromium or chrome in PATH")
+    complete(url)
 
     async def visit() -> None:
         async with browser.page(binary) as page:
@@ -127,7 +128,13 @@ def test_in_a_browser(url: str, tmp_path: Path) -> None:
             await page.until("document.querySelectorAll('#layers tr').length === 5")
             page.problems.clear()
             assert await page.run("document.getElementById('plan').textContent") == "DDFSF"
+            overlap = "document.querySelectorAll('#layers tr')[3].lastChild.textContent"
+            await page.until(f"/^[0-9.]+ %$/.test({overlap})")
             await _complete(page)
+            # What came since the page was opened: its prompt was too short to leave a block out.
+            await page.run("document.querySelector('input[name=span][value=\"30\"]').click()")
+            await page.until(f"{overlap} === '–'")
+            assert "of selections reused" in await page.run("document.getElementById('summary').textContent")
             await _chat(page)
             await _refused(page)
             await _stopped(page)

@@ -133,6 +133,21 @@ def test_a_popular_prefix_does_not_pile_up(settings: ServiceSettings, handle: An
     assert (routed() - before)["overloaded"] > 0
 
 
+def test_requests_for_another_model_are_not_run(settings: ServiceSettings, handle: Any) -> None:
+    """As from a front of before or after an update to another model, while some engines are of the other side."""
+    other = settings.model_copy(update={"served_model_name": "other", "submit_timeout_s": 1.0})
+
+    async def run() -> None:
+        async with engine_client(other, handle) as client:
+            with pytest.raises(EngineDead, match="serve another model"):
+                await client.info()
+            assert not client.ready()
+            with pytest.raises(EngineDead, match="submit_timeout_s"):
+                await events_of(client, request([1, 2, 3], 4))
+
+    asyncio.run(run())
+
+
 async def roll(settings: ServiceSettings) -> None:
     """Redeploy the engines, as `serve deploy` does with a changed config: every replica is replaced."""
     await asyncio.to_thread(serve.run, build_engine(settings), name="engine", route_prefix=None)
@@ -161,8 +176,11 @@ def test_an_update_with_another_plan_mixes_none_into_a_stream(
             assert tokens[:num_compared] == before[:num_compared]
             assert tokens_of(await short) == before[:20]
             await asyncio.wait_for(update, TIMEOUT_S)
-            assert not old & set(running(handle))
-            assert (await client.info()).plan == "DDFSF"
+
+            async def changed_over() -> bool:
+                return not old & set(running(handle)) and (await client.info()).plan == "DDFSF"
+
+            await wait_until_async(changed_over, timeout_s=TIMEOUT_S, what="the new plan alone")
             return before, error, tokens_of(await events_of(client, request(LONG, 300)))
 
     old_tokens, error, new_tokens = asyncio.run(run())

@@ -160,6 +160,21 @@ def test_each_choice_has_its_span_and_a_trace_may_begin_here(client: httpx.Clien
     assert rows >= {2}
 
 
+def test_a_choice_names_its_operation(client: httpx.Client, receiver: OtlpReceiver) -> None:
+    for route, asked, operation in (
+        ("/v1/completions", {"prompt": "a"}, "text_completion"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "chat"),
+    ):
+        response_id = client.post(route, json={**asked, "max_tokens": 1}).json()["id"]
+        wait_until(
+            lambda made=response_id: bool(receiver.find("choice", gen_ai_response_id=made)),
+            timeout_s=15,
+            what="a choice",
+        )
+        [choice] = receiver.find("choice", gen_ai_response_id=response_id)
+        assert choice.attributes["gen_ai.operation.name"] == operation
+
+
 def test_a_long_answer_is_recorded_up_to_a_bound(client: httpx.Client, receiver: OtlpReceiver) -> None:
     trace_id, span_id, headers = parent()
     num_tokens = MAX_STEPS + 30

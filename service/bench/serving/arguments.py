@@ -1,4 +1,7 @@
-"""Flags of `m3serve bench serve`. Where vLLM's benchmark of the same name has a flag for it, it is called the same."""
+"""Flags of `m3serve bench serve`. Where vLLM's benchmark of the same name has a flag for it, it is called the same.
+
+Loads no HTTP library: every `m3serve` command builds these flags.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import os
 from typing import Any
 
 from service.bench.arguments import count
-from service.bench.serving.client import CHAT, COMPLETIONS
-from service.bench.serving.statistics import GOALS
 from service.bench.serving.workload import Component
 
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+GOALS = ("ttft", "tpot", "e2el")
 _DESCRIPTION = """\
 Load on an OpenAI-compatible endpoint, as its clients see it.
 

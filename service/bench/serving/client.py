@@ -18,7 +18,6 @@ from engine.errors import ConfigError
 from service.bench.serving.sse import EventDecoder
 from service.bench.serving.workload import Prompt
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _MAX_ERROR_CHARS = 300
 
 

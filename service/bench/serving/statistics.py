@@ -10,8 +10,6 @@ from typing import Any
 from service.bench.report import Row
 from service.bench.serving.client import Outcome, failures_by_kind
 
-GOALS = ("ttft", "tpot", "e2el")
-
 
 def percentiles(values: Sequence[float], shares: Sequence[float]) -> dict[str, float | None]:
     """mean, and p50 for 50 of `shares`: interpolated between the two values around it; None of no values."""
