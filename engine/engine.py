@@ -30,6 +30,7 @@ from engine.types import (
     NOT_SAMPLED,
     EngineRequest,
     FinishReason,
+    GuidedSpec,
     Logprobs,
     RequestEvent,
     StepResult,
@@ -45,8 +46,6 @@ log = logging.getLogger(__name__)
 # captured ones.
 CPU_PROBE_INTERVAL = 16
 GPU_PROBE_INTERVAL = 2048
-# A step reads all weights, however few tokens it has: small chunks of prompts waste a GPU. A CPU is busy with these.
-CPU_PREFILL_TOKENS = 256
 
 
 class EngineCore:
@@ -76,7 +75,7 @@ class EngineCore:
             self.pool,
             self.stats,
             max_num_seqs=config.max_num_seqs,
-            limits=_budget_limits(config, self.info.backend),
+            limits=BudgetLimits.of(config, self.info.backend),
         )
         default_interval = CPU_PROBE_INTERVAL if self.info.backend == "torch" else GPU_PROBE_INTERVAL
         self._probe_interval = default_interval if config.probe_interval is None else config.probe_interval
@@ -411,22 +410,17 @@ class EngineCore:
             ("output_token_ids", request.output_token_ids),
             ("stop_token_ids", sampling.stop_token_ids or ()),
             ("logit_bias", sampling.logit_bias or ()),
+            ("guided", _markers(sampling.guided)),
         ):
             for token_id in token_ids:
                 if type(token_id) is not int or not 0 <= token_id < vocab_size:
                     raise RequestError(f"{name} must hold token ids in [0, {vocab_size}), got {token_id!r}", param=name)
 
 
-def _budget_limits(config: EngineConfig, backend: str) -> BudgetLimits:
-    """The limits of a step, with what was left unset."""
-    budget, prefill, threshold = (
-        config.max_num_batched_tokens,
-        config.max_num_prefill_tokens,
-        config.long_prefill_token_threshold,
-    )
-    if prefill is None:
-        prefill = CPU_PREFILL_TOKENS if backend == "torch" else budget
-    return BudgetLimits(budget, prefill, budget if threshold is None else threshold)
+def _markers(spec: GuidedSpec | None) -> list[int]:
+    """The tokens around the reasoning."""
+    ids = () if spec is None else (spec.reasoning_start_id, spec.reasoning_end_id)
+    return [token_id for token_id in ids if token_id is not None]
 
 
 def _record(step: Step, ended_s: float) -> None:

@@ -9,6 +9,7 @@ travels in a StepPlan.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import OrderedDict, deque
@@ -30,6 +31,8 @@ try:
 except ImportError:  # a machine for kernels alone
     llguidance = None  # type: ignore[assignment]
 
+log = logging.getLogger(__name__)
+
 MAX_CHOICES = 1024
 # Of blanks between two parts of a JSON text: models that may write blanks for ever sometimes do.
 BLANKS = r"[ \t\r\n]{1,32}"
@@ -48,7 +51,9 @@ def require() -> None:
     """RequestError when this process cannot guide."""
     if llguidance is None:
         raise RequestError(
-            "guided output needs the package llguidance, which is not installed", param="guided", code="unsupported"
+            "guided output needs the package llguidance, which is not installed",
+            param="guided",
+            code="unsupported_parameter",
         )
 
 
@@ -90,10 +95,13 @@ class Grammars:
         self._compiled: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
 
     def warm(self) -> None:
-        """Read the vocabulary now, which takes seconds for 200,000 tokens. If it is missing, `matcher` will say so."""
+        """Read the vocabulary now, which takes seconds for 200,000 tokens. If it cannot be read, `matcher` says so."""
         if llguidance is not None and self._file.is_file() and self.eos_token_ids:
-            with self._compiling:
-                self._vocabulary()
+            try:
+                with self._compiling:
+                    self._vocabulary()
+            except CheckpointError as error:
+                log.warning("no output can be guided: %s", error)
 
     def knows(self, spec: GuidedSpec) -> bool:
         """Whether the grammar of `spec` is compiled, and so valid. Never waits for a compilation."""
@@ -328,8 +336,6 @@ class GuidedSlots:
 
     A step may be launched before the tokens of the one before are on the host. A guide waits for them only where its
     next mask is asked for, behind the launch of the model, whose time on the device hides that of the masks.
-
-    seconds: host time for masks since the last `take_seconds`.
     """
 
     def __init__(self, grammars: Grammars) -> None:
@@ -358,13 +364,14 @@ class GuidedSlots:
         guides = [guide for slot in slots if (guide := self._guides.get(slot)) is not None]
         if not guides:
             return None
-        while self._pending:
-            owners, tokens, done = self._pending.popleft()
+        pending, self._pending = self._pending, deque()
+        for _, _, done in pending:
             done.wait()
+        started_s = time.perf_counter()
+        for owners, tokens, _ in pending:
             known = tokens.tolist()
             for index, guide in owners:
                 guide.consume(known[index])
-        started_s = time.perf_counter()
         masks = np.zeros((len(guides), -(-self._grammars.vocab_size // 32)), np.int32)
         for guide, mask in zip(guides, masks, strict=True):
             guide.fill(mask)
@@ -384,6 +391,6 @@ class GuidedSlots:
         return None if guide is None else guide.error
 
     def take_seconds(self) -> float:
-        """Host time that masks took since the last call."""
+        """Host time since the last call that masks took, with the compilation of grammars that were not known."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds

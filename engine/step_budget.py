@@ -12,6 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.config import EngineConfig
+
+# A step reads all weights, however few tokens it has: small chunks of prompts waste a GPU. A CPU is busy with these.
+CPU_PREFILL_TOKENS = 256
+
 
 class Runnable(Protocol):
     """What the division depends on. num_runnable_tokens: that wait to be computed."""
@@ -31,6 +36,15 @@ class BudgetLimits:
     max_num_batched_tokens: int
     max_num_prefill_tokens: int
     long_prefill_token_threshold: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, backend: str) -> BudgetLimits:
+        """The limits of a step, with what was left unset. backend: as resolved, torch or one for GPUs."""
+        budget, prefill = config.max_num_batched_tokens, config.max_num_prefill_tokens
+        threshold = config.long_prefill_token_threshold
+        if prefill is None:
+            prefill = CPU_PREFILL_TOKENS if backend == "torch" else budget
+        return cls(budget, prefill, budget if threshold is None else threshold)
 
     def is_long(self, num_runnable_tokens: int) -> bool:
         """Whether shorter prompts may go before one with so many tokens to compute."""

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engine.errors import RequestError
+from engine.errors import CheckpointError, RequestError
 from engine.guided import Grammars
 from engine.tokenizer import Tokenizer
 from engine.types import GuidedSpec
@@ -43,6 +43,8 @@ class GrammarCheck:
             seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, spec)
         except RequestError as error:
             raise RequestError(error.message, param=param, code=error.code) from None
+        except CheckpointError as error:
+            raise RequestError(str(error), param=param, code="unsupported_parameter") from None
         self._series.observe_grammar(seconds)
 
     def _compile(self, spec: GuidedSpec) -> float:

@@ -111,6 +111,9 @@ def test_what_is_no_grammar_is_refused_before_anything_runs(llm: LLM) -> None:
     steps = llm.stats.steps
     with pytest.raises(RequestError, match="regex"):
         llm.generate([[3], [4]], [SamplingParams(), guided("regex", "(")])
+    for spec in (GuidedSpec("json_object", reasoning_end_id=512), GuidedSpec("json_object", "", 5, -1)):
+        with pytest.raises(RequestError, match="guided must hold token ids"):
+            llm.generate([[3]], SamplingParams(guided=spec))
     assert llm.stats.steps == steps
 
 

@@ -164,7 +164,6 @@ def test_an_update_with_another_plan_mixes_none_into_a_stream(
             before = tokens_of(await events_of(client, request(LONG, 300)))
             stream = client.generate(request(LONG, 7000))
             tokens = list((await anext(stream)).token_ids)
-            short = asyncio.create_task(events_of(client, request(LONG, 20)))
             update = asyncio.create_task(roll(changed))
             error = ""
             try:
@@ -174,7 +173,6 @@ def test_an_update_with_another_plan_mixes_none_into_a_stream(
                 error = str(dead)
             num_compared = min(len(tokens), len(before))
             assert tokens[:num_compared] == before[:num_compared]
-            assert tokens_of(await short) == before[:20]
             await asyncio.wait_for(update, TIMEOUT_S)
 
             async def changed_over() -> bool:

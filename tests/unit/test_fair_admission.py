@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config import EngineConfig
 from engine.engine import EngineCore
-from engine.step_budget import BudgetLimits, StepBudget
+from engine.step_budget import CPU_PREFILL_TOKENS, BudgetLimits, StepBudget
 from engine.types import EngineRequest
 from tests.unit.worker_model import (
     MAX_MODEL_LEN,
@@ -67,6 +68,14 @@ def test_division_of_a_step(limits: BudgetLimits, running: list[Request]) -> Non
         shares[i] += budget.take_more(wanted[i] - share) if share else 0
     assert sum(shares) - num_decode <= cap
     assert not budget.prefill or all(shares[i] == wanted[i] for i in range(len(shares)) if shares[i])
+
+
+def test_limits_that_are_not_set() -> None:
+    config = EngineConfig("m", max_num_batched_tokens=4096)
+    assert BudgetLimits.of(config, "torch") == BudgetLimits(4096, CPU_PREFILL_TOKENS, 4096)
+    assert BudgetLimits.of(config, "triton") == BudgetLimits(4096, 4096, 4096)
+    config = EngineConfig("m", max_num_prefill_tokens=512, long_prefill_token_threshold=0)
+    assert BudgetLimits.of(config, "triton") == BudgetLimits(2048, 512, 0)
 
 
 @st.composite
