@@ -285,6 +285,8 @@ class EngineCore:
             log.error("request %s: %s", state.request_id, error)
             self._events.append(self._last_event(state, FinishReason.ERROR, error))
             return
+        if row.sample:
+            state.num_checked_tokens = end
         if token_id == NOT_GUIDED:
             self._end(state)
             self.stats.not_guided += 1

@@ -45,6 +45,8 @@ class PagePool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._unchecked: set[int] = set()
+        self._dirty: list[int] = []
         self.set_namespace(namespace)
 
     @property
@@ -108,7 +110,16 @@ class PagePool:
                 self.num_evictions += 1
             self._ref_counts[page_id] = 1
             page_ids.append(page_id)
+            if page_id in self._unchecked:
+                self._unchecked.remove(page_id)
+                self._dirty.append(page_id)
         return page_ids
+
+    def take_dirty(self) -> list[int]:
+        """Pages that were allocated since the last call and may hold numbers that are not finite: the next step must
+        clear them before it runs."""
+        dirty, self._dirty = self._dirty, []
+        return dirty
 
     def register(self, page_id: int, page_hash: bytes) -> None:
         """Make a held page findable: all its tokens are computed. The first page with these tokens wins."""
@@ -118,11 +129,13 @@ class PagePool:
             self._page_of[page_hash] = page_id
             self._hash_of[page_id] = page_hash
 
-    def free(self, page_ids: Sequence[int], *, findable: bool = True) -> None:
+    def free(self, page_ids: Sequence[int], *, findable: bool = True, unchecked: Sequence[int] = ()) -> None:
         """Give one reference back for each page of a chain.
 
-        findable=False: what they hold is not to be trusted, so nobody may find them again.
+        findable=False: what they hold is not to be trusted, so nobody may find them again.  unchecked: those of them
+        that may hold numbers which are not finite, see `take_dirty`.
         """
+        self._unchecked.update(unchecked)
         # The tail first: a chain without its tail is still worth something, a chain without its head is not.
         for page_id in reversed(page_ids):
             assert self._ref_counts[page_id] > 0, f"page {page_id} is free already"

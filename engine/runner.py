@@ -24,7 +24,6 @@ from engine.guard import fallback_plan
 from engine.guided import Grammars, GuidedSlots
 from engine.kernels.api import KernelSet, resolve
 from engine.kernels.batch import StepBatch
-from engine.kernels.torch_pages import FP8_DTYPES
 from engine.memory import free_bytes, pool_bytes
 from engine.model.loading import load_model
 from engine.model.minimax_m3 import MiniMaxM3
@@ -58,7 +57,7 @@ class RankProposal:
 class _Launched:
     """A step that runs, and where its answer will be.
 
-    sampling: the rows that sample.  residents: their requests.  tokens: int64 [len(sampling)] in host memory, to be
+    sampling: the rows that sample.  tokens: int64 [len(sampling)] in host memory, to be
     read after `done`.  logprobs: (indices into sampling, their log-probabilities).  prompt_logprobs: (row, actual
     tokens, their log-probabilities).  launch_s: host time that launching took.  guided_errors, num_guided, mask_s: see
     StepResult.
@@ -66,7 +65,6 @@ class _Launched:
 
     plan: StepPlan
     sampling: list[int]
-    residents: list[Resident]
     tokens: Tensor
     logprobs: tuple[list[int], PendingLogprobs] | None
     prompt_logprobs: list[tuple[int, list[int], PendingLogprobs]]
@@ -261,6 +259,8 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> None:
         """Start one step; the same plan on every rank."""
         entered_s = time.perf_counter()
+        if plan.cleared:
+            self._clear_pages(plan.cleared)
         for slot in plan.released:
             self._residents[slot] = None
             self._sampler.remove(slot)
@@ -291,12 +291,9 @@ class ModelRunner:
         plan = launched.plan
         result = StepResult(step_id=plan.step_id, sampled=[NOT_SAMPLED] * len(plan.rows))
         chosen: list[int] = launched.tokens.tolist()
-        for i, token, resident in zip(launched.sampling, chosen, launched.residents, strict=True):
-            result.sampled[i] = token
-            if token == NOT_FINITE:
-                self._clean_pages(resident)
-            elif i in launched.guided_errors:
-                result.sampled[i] = NOT_GUIDED
+        for i, token in zip(launched.sampling, chosen, strict=True):
+            is_refused = token != NOT_FINITE and i in launched.guided_errors
+            result.sampled[i] = NOT_GUIDED if is_refused else token
         result.guided_errors, result.num_guided = launched.guided_errors, launched.num_guided
         result.mask_s = launched.mask_s
         if launched.logprobs is not None:
@@ -384,7 +381,6 @@ class ModelRunner:
         return _Launched(
             plan=plan,
             sampling=list(sampling),
-            residents=residents,
             tokens=on_host,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -407,21 +403,13 @@ class ModelRunner:
         assert resident is not None, f"slot {slot} is empty"
         return resident
 
-    def _clean_pages(self, resident: Resident) -> None:
-        """A page goes back to the pool with what was written to it. Masked keys have weight 0, and 0 * NaN is NaN:
-        whoever gets the page next must find finite numbers."""
-        page_ids = to_device(resident.page_ids, torch.int64, self.device)
+    def _clear_pages(self, page_ids: list[int]) -> None:
+        """Zeros, on this step's turn: other ranks may still be at an earlier step."""
+        chosen = to_device(page_ids, torch.int64, self.device)
         for pages in self.model.pages:
             for pool in (pages.k, pages.v, pages.index_k, pages.k_scale, pages.v_scale, pages.index_k_scale):
-                if pool is None:
-                    continue
-                if pool.dtype in FP8_DTYPES:
-                    # Others may share the page: only codes that are not numbers go.
-                    codes = pool.view(torch.uint8)
-                    stored = codes[page_ids]
-                    codes[page_ids] = stored.masked_fill(pool[page_ids].float().isnan(), 0)
-                else:
-                    pool[page_ids] = torch.nan_to_num(pool[page_ids])
+                if pool is not None:
+                    pool.view(torch.uint8).index_fill_(0, chosen, 0)
 
     def _score_prompts(
         self, rows: list[StepRow], hidden: Tensor, batch: StepBatch

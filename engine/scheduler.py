@@ -45,7 +45,8 @@ class RequestState:
     token_ids: everything known, prompt then output.  num_pending_tokens: of those that follow, how many steps in
     flight sample.  num_rows_in_flight: its rows in steps in flight.  ended: it got its last event, and what steps
     in flight say of it is stale.  slot, page_ids: only while it runs.
-    num_computed_tokens: as of the last planned step.  num_registered_pages: its first pages that are done
+    num_computed_tokens: as of the last planned step.  num_checked_tokens: the first of these, behind which a token was
+    sampled: what was computed for them is finite.  num_registered_pages: its first pages that are done
     with the prefix cache.  page_hashes: of its full pages, made when needed; valid in pool epoch `epoch`.
     num_cached_tokens: of its prompt, at first admission; None before.  prompt_logprobs: gathered so far, None
     first; None when nobody waits for them.  *_s: time.monotonic(), for the statistics only.  timeline: of a traced
@@ -73,6 +74,7 @@ class RequestState:
     timeline: Timeline | None = None
     arrival: int = 0
     num_passed_tokens: int = 0
+    num_checked_tokens: int = 0
 
     @property
     def is_decoding(self) -> bool:
@@ -159,8 +161,8 @@ class Scheduler:
 
     def remove(self, request: RequestState, *, findable: bool = True) -> None:
         """Take a request out, wherever it is; its pages are free at once, also under a stale row: that writes
-        only behind what was committed, and before any step that gets the pages. findable=False: see
-        PagePool.free."""
+        only behind what was committed, and before any step that gets the pages. findable=False: what it computed is
+        not finite."""
         request.ended = True
         if request.slot >= 0:
             self.running.remove(request)
@@ -171,7 +173,7 @@ class Scheduler:
             # Preempted with the bad row in flight: its pages were left to be found.
             left = [page_id for key in request.page_hashes for page_id in self.pool.match_prefix([key])]
             self.pool.touch(left)
-            self.pool.free(left, findable=False)
+            self.pool.free(left, findable=False, unchecked=left)
 
     def collected(self, request: RequestState, row: StepRow) -> None:
         """The result of this row is there: it is not in flight any more, and what it sampled is not pending."""
@@ -277,6 +279,7 @@ class Scheduler:
             num_decode_rows=len(decode),
             new=new,
             released=released,
+            cleared=self.pool.take_dirty(),
         )
         return Step(plan, [request for request, _ in rows])
 
@@ -305,9 +308,14 @@ class Scheduler:
             request.timeline.preempt()
 
     def _release(self, request: RequestState, *, findable: bool) -> None:
-        self.pool.free(request.page_ids, findable=findable)
+        """Give its pages back. Masked keys have weight 0, and 0 * NaN is NaN: who gets a page next must not find what
+        was computed and not checked yet."""
+        num_checked_tokens = request.num_checked_tokens if findable else 0
+        is_checked = num_checked_tokens >= request.num_computed_tokens
+        unchecked = [] if is_checked else request.page_ids[num_checked_tokens // PAGE_SIZE :]
+        self.pool.free(request.page_ids, findable=findable, unchecked=unchecked)
         request.page_ids = []
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_checked_tokens = 0
         self._released.append(request.slot)
         heapq.heappush(self._free_slots, request.slot)
         request.slot = -1
@@ -329,7 +337,7 @@ class Scheduler:
         self.pool.touch(hits)
         request.page_ids = list(hits)
         request.num_registered_pages = len(hits)
-        request.num_computed_tokens = len(hits) * PAGE_SIZE
+        request.num_computed_tokens = request.num_checked_tokens = len(hits) * PAGE_SIZE
         request.slot = heapq.heappop(self._free_slots)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed_tokens, request.prompt_len)

@@ -319,6 +319,7 @@ class StepPlan:
     slots whose state is dropped before `new` is added.  probe: time indexer and attention per layer.  audit: compare
     the selections that S layers reuse with their own.  fallback: every sparse layer selects for itself, the S layers
     too.  index_plan: letters of another index plan, by which this step runs; None: the loaded one, or its fallback.
+    cleared: pages to fill with zeros before anything else.
     """
 
     step_id: int
@@ -330,6 +331,7 @@ class StepPlan:
     audit: bool = False
     fallback: bool = False
     index_plan: str | None = None
+    cleared: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

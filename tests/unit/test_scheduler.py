@@ -13,8 +13,8 @@ from engine.types import EngineRequest, FinishReason, SamplingParams
 from tests.unit.worker_model import (
     MAX_MODEL_LEN,
     POISON_SEED,
+    POISON_TOKEN_ID,
     UNMASKED_SEED,
-    VOCAB_SIZE,
     Received,
     check_books,
     expected,
@@ -36,7 +36,9 @@ def request_lists(draw: st.DrawFn) -> list[EngineRequest]:
         length = draw(st.sampled_from([1, 5, 127, 128, 129, 200, 256, 257, 300, 361]))
         shared = min(draw(st.sampled_from([0, 128, 200, 256, 361])), length)
         own = draw(st.integers(0, 2))
-        prompt = [(p * 7 + (own if p >= shared else 0)) % VOCAB_SIZE for p in range(length)]
+        prompt = [(p * 7 + (own if p >= shared else 0)) % POISON_TOKEN_ID for p in range(length)]
+        if (poisoned := draw(st.sampled_from([None, None, None, 0, 130]))) is not None and poisoned < length:
+            prompt[poisoned] = POISON_TOKEN_ID
         max_tokens = min(draw(st.sampled_from([1, 2, 20, 150, 300])), MAX_MODEL_LEN - length)
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -384,3 +386,25 @@ def test_not_finite_while_it_waits_its_pages_are_not_found(max_in_flight: int) -
     assert answers["bad"].finish_reason is FinishReason.ERROR and len(answers["bad"].token_ids) == 2
     assert same(answers["old"], expected(old))
     assert run(core, make_request("again", 254, max_tokens=1))["again"].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2, 3])
+def test_pages_of_a_prompt_that_was_not_sampled_from_are_cleared(max_in_flight: int) -> None:
+    """Aborted between its chunks, nobody knows yet what its pages hold."""
+    core, executor = make_core(
+        num_pages=4, max_in_flight=max_in_flight, max_num_batched_tokens=128, enable_prefix_caching=False
+    )
+    core.add_request(make_request("bad", [POISON_TOKEN_ID] * 400, max_tokens=9))
+    answers: dict[str, Received] = {}
+    step(core, answers)
+    core.abort("bad")
+    good = make_request("good", 300, max_tokens=9)
+    assert same(run(core, good)["good"], expected(good))
+    assert any(plan.cleared for plan in executor.plans)
+
+
+def test_what_ended_well_is_not_cleared() -> None:
+    core, executor = make_core(num_pages=4, enable_prefix_caching=False)
+    for index in range(3):
+        run(core, make_request(str(index), 300, max_tokens=9))
+    assert not any(plan.cleared for plan in executor.plans)

@@ -1,7 +1,8 @@
 """A worker that knows no maths but checks every plan, and the answer each request must get from it.
 
 The next token is a hash of all tokens before it. For every page the worker stores which tokens under which prefix
-were written, so a request that reads a page it should not read is caught.
+were written, so a request that reads a page it should not read is caught; so is one that gets a page with numbers that
+are not finite.
 
 Like a device that runs its steps in order, it runs each step when it is submitted, on what it knows itself, and
 keeps what came out to itself until the step is collected.
@@ -34,6 +35,7 @@ MAX_MODEL_LEN = 512
 VOCAB_SIZE = 50
 EOS_TOKEN_IDS = (3, 4)
 POISON_SEED = 666  # such a request's logits are not finite from its third output token on
+POISON_TOKEN_ID = VOCAB_SIZE - 1  # in a prompt: from it on nothing is finite
 UNMASKED_SEED = 2  # such a request may sample a stop token before min_tokens
 
 
@@ -42,11 +44,17 @@ def digest(token_ids: list[int], salt: int) -> int:
     return int.from_bytes(hashlib.blake2b(array("I", token_ids).tobytes(), key=key, digest_size=8).digest())
 
 
+def is_finite(token_ids: list[int], prompt_len: int, sampling: SamplingParams) -> bool:
+    """Whether what is computed for the last of these tokens is."""
+    is_poisoned = sampling.seed == POISON_SEED and len(token_ids) - prompt_len >= 2
+    return not is_poisoned and POISON_TOKEN_ID not in token_ids[:prompt_len]
+
+
 def next_token(token_ids: list[int], prompt_len: int, sampling: SamplingParams) -> int:
     """What the model and sampler would say: a function of all tokens and the seed alone."""
     assert sampling.seed is not None
     num_output_tokens = len(token_ids) - prompt_len
-    if sampling.seed == POISON_SEED and num_output_tokens >= 2:
+    if not is_finite(token_ids, prompt_len, sampling):
         return -2
     token_id = digest(token_ids, sampling.seed) % VOCAB_SIZE
     forbidden = {*(() if sampling.ignore_eos else EOS_TOKEN_IDS), *(sampling.stop_token_ids or ())}
@@ -110,6 +118,7 @@ class CheckingExecutor:
         self.num_rows_ahead = 0  # how many rows stood on a token that only the worker knew
         self._slots: dict[int, WorkerRequest] = {}
         self._pages: dict[int, PageContent] = {}
+        self._not_finite: set[int] = set()
         self._results: deque[tuple[StepResult, list[WorkerRequest]]] = deque()
 
     @property
@@ -129,6 +138,7 @@ class CheckingExecutor:
             token_ids = list(new.token_ids)
             self._slots[new.slot] = WorkerRequest(token_ids, new.prompt_len, new.sampling, len(token_ids))
         assert {new.slot for new in plan.new} <= {row.slot for row in plan.rows}
+        self._not_finite -= set(plan.cleared)
         for row in plan.rows:
             self._check_row(row)
         for row in plan.rows:
@@ -175,6 +185,8 @@ class CheckingExecutor:
             assert content.prefix == digest(request.token_ids[:first], 0)
             expected = request.token_ids[first : min(start, first + PAGE_SIZE)]
             assert content.token_ids[: len(expected)] == expected
+        if is_finite(request.token_ids[:end], request.prompt_len, request.sampling):
+            assert not self._not_finite & set(request.block_table), "0 * NaN is NaN"
         request.num_computed_tokens = end
 
     def _write(self, row: StepRow) -> None:
@@ -189,6 +201,8 @@ class CheckingExecutor:
             content = self._pages[page_id].token_ids
             assert len(content) == position % PAGE_SIZE
             content.append(request.token_ids[position])
+            if not is_finite(request.token_ids[: position + 1], request.prompt_len, request.sampling):
+                self._not_finite.add(page_id)
 
     def _result(self, plan: StepPlan) -> StepResult:
         result = StepResult(step_id=plan.step_id, sampled=[])
