@@ -17,7 +17,7 @@ from engine.errors import EngineDead, RequestError
 from engine.metrics import EngineStats
 from engine.timeline import Timeline
 from engine.types import EngineRequest, RequestEvent
-from service.messages import Refusal
+from service.messages import Refusal, full_queue
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ IDLE_CHECK_S = 1.0
 # The page accounting is checked at most this often, when the thread has been idle for IDLE_CHECK_S: with 100,000 pages
 # it takes half a second.
 BOOKS_PERIOD_S = 60.0
-# What a client of a full queue is told to wait.
-RETRY_AFTER_S = 1.0
 # Slack of the health check beyond the step deadline, which the executor enforces itself.
 HEALTH_SLACK_S = 5.0
 JOIN_TIMEOUT_S = 20.0
@@ -185,10 +183,5 @@ class EngineLoop:
             self._live.difference_update(request_ids)
 
     def _full(self, request: EngineRequest) -> Refusal:
-        return Refusal(
-            request.request_id,
-            f"the queue is full: {len(self._live)} requests are running or waiting, "
-            f"limit {self._max_live_requests} (max_num_seqs + max_queued_requests)",
-            code="queue_full",
-            retry_after_s=RETRY_AFTER_S,
-        )
+        error = full_queue(len(self._live), self._max_live_requests)
+        return Refusal(request.request_id, str(error), code="queue_full", retry_after_s=error.retry_after_s)

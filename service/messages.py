@@ -7,6 +7,18 @@ import msgspec
 from engine.errors import M3Error, Overloaded, RequestError
 from engine.types import EngineInfo, EngineRequest, FinishReason, RequestEvent
 
+# When there may be room again in a queue that is full.
+RETRY_AFTER_S = 1.0
+
+
+def full_queue(num_requests: int, limit: int) -> Overloaded:
+    """The refusal of one request more than `limit`."""
+    return Overloaded(
+        f"the queue is full: {num_requests} requests are running or waiting, "
+        f"limit {limit} (max_num_seqs + max_queued_requests)",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
 
 class Load(msgspec.Struct, frozen=True):
     """What an engine replica has to do, for all ingresses.

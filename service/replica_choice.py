@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,16 @@ class ReplicaChooser:
         self._table.update(running(self._handle))
         self._table.heard_identity(description.replica_id, description.model, description.identity)
         return description.model == self.model
+
+    def full(self, reporting: Collection[str]) -> Load | None:
+        """The load of a replica when every one that may serve this ingress has told that it takes no more requests.
+
+        reporting: those that tell their load with every step, since they run requests of this ingress. What any other
+        one has told may be long past.
+        """
+        self._table.update(running(self._handle))
+        fits = self._table.fits()
+        return self._table.full(fits) if set(fits) <= set(reporting) else None
 
     def candidate(self) -> str | None:
         """A replica that may serve this ingress, each in turn; None when all may, or none is known."""

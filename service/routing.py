@@ -133,6 +133,14 @@ class RoutingTable:
             if replica.model in (None, self._model) and (identity is None or replica.identity in (None, identity))
         ]
 
+    def full(self, replica_ids: Collection[str]) -> Load | None:
+        """The load of one of these when all of them hold as many requests as they take; None when one has room, is not
+        known, or there are none."""
+        replicas = [self._replicas.get(replica_id) for replica_id in replica_ids]
+        if not replicas or any(replica is None or replica.has_room for replica in replicas):
+            return None
+        return next(replica.load for replica in replicas if replica is not None)
+
     @property
     def has_replicas(self) -> bool:
         """Whether Serve runs any, fit or not."""

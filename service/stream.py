@@ -20,7 +20,7 @@ from engine.errors import EngineDead, Overloaded
 from engine.transport import Gate, Kind, bind_pull, encode, new_epoch, new_token
 from engine.types import EngineInfo, EngineRequest, RequestEvent
 from service.batcher import Batcher
-from service.messages import Accepted, Load, StepEvents, Submit, SubmitReply
+from service.messages import Accepted, Load, StepEvents, Submit, SubmitReply, full_queue
 from service.probe import EngineProbe
 from service.replica_choice import Departure, ReplicaChooser
 from service.replica_table import ReplicaTable
@@ -126,6 +126,7 @@ class EngineClient:
         event, and EngineDead when no replica answers or the retry limit is used up, at any point. A finish_reason
         ERROR comes with `event.error`.
         """
+        self._check_room()
         stream = TokenStream(request, self._settings.max_undelivered_tokens, trace)
         stream.accept_by_s = time.monotonic() + self._settings.submit_timeout_s
         self._queue(stream)
@@ -158,6 +159,13 @@ class EngineClient:
         return self._gate.dropped
 
     # --- sending ----------------------------------------------------------------------------------------------
+
+    def _check_room(self) -> None:
+        """Overloaded when no replica takes one more request: what they would say costs each refusal a call."""
+        reporting = {batch.replica_id for batch in self._batches.values() if batch.replica_id is not None}
+        full = self._chooser.full(reporting) if reporting else None
+        if full is not None:
+            raise full_queue(full.requests, full.max_requests)
 
     def _queue(self, stream: TokenStream) -> None:
         """Give the stream a new attempt and send it with the next batch."""

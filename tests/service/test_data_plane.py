@@ -27,6 +27,7 @@ from engine.types import EngineRequest, FinishReason, RequestEvent, SamplingPara
 from service.batcher import Batcher
 from service.messages import Accepted, StepEvents, Submit, SubmitReply
 from service.settings import ServiceSettings
+from service.stream import EngineClient
 from tests.cluster import LOOPBACK, Cluster, engine_client, process_exists, wait_until, wait_until_async
 
 ENGINE: dict[str, Any] = {"max_model_len": 4096, "max_num_seqs": 4, "num_pages": 160, "max_num_batched_tokens": 512}
@@ -172,8 +173,23 @@ def test_refusals_come_before_the_first_event(settings: ServiceSettings, handle:
             # 4 run and 2 wait; one of them is `good`.
             assert len(refused) == 2
             assert refused[0].retry_after_s > 0 and "limit 6" in str(refused[0])
+            num_submits = client.num_submits
+            assert await is_refused(client), "it is full"
+            assert client.num_submits == num_submits, "the replica had told so, and was asked all the same"
             for stream in (good, *others):
                 await stream.aclose()
+            deadline_s = time.monotonic() + 20
+            while await is_refused(client):
+                assert time.monotonic() < deadline_s, "nothing runs, and the queue is still full"
+                await asyncio.sleep(0.05)
+
+    async def is_refused(client: EngineClient) -> bool:
+        try:
+            await collect(client.generate(EngineRequest("r", [1] * 5, sampling(1, 1))))
+        except Overloaded as error:
+            assert "limit 6" in str(error)
+            return True
+        return False
 
     asyncio.run(run())
 
