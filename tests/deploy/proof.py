@@ -215,6 +215,9 @@ async def _one_of_each(load: Load, client: httpx.AsyncClient) -> None:
     """Requests of every kind and outcome: each series is there then, and has something to grow from."""
     assert await load.post(client, prompt=TEXT, max_tokens=8) == 200
     assert await load.post(client, prompt=[[11, 12, 13], [14, 15, 16]], max_tokens=8) == 200
+    # Another grammar each time: one that is known is not compiled.
+    grammar = f"[a-z]{{50,{100 + load.num_started}}}"
+    assert await load.post(client, prompt=TEXT, max_tokens=8, guided_regex=grammar, ignore_eos=False) == 200
     assert await load.post(client, prompt=TEXT, max_tokens=4000) == 400
     assert await load.post(client, model="another") == 404
     await load.stream(client, max_tokens=800, leave_after=3)
