@@ -109,6 +109,10 @@ class ModelRunner:
             devices.check_visibility(os.environ, is_hip=torch.version.hip is not None)
         kernels = resolve(config.backend)
         self.device = kernels.device
+        if self.device.type == "cpu":
+            # Read at the first product, whatever was imported before.
+            for name, value in devices.CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
         if kernels.power_of_two_dims:
             _check_dims(self.model_config)
         dtype, quantization = self._dtype(), self.model_config.quantization
