@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,15 +66,10 @@ class ReplicaChooser:
         self._table.heard_identity(description.replica_id, description.model, description.identity)
         return description.model == self.model
 
-    def full(self, reporting: Collection[str]) -> Load | None:
-        """The load of a replica when every one that may serve this ingress has told that it takes no more requests.
-
-        reporting: those that tell their load with every step, since they run requests of this ingress. What any other
-        one has told may be long past.
-        """
+    def full(self) -> list[Load]:
+        """What the replicas that may serve this ingress have told, when by that none of them takes one more request."""
         self._table.update(running(self._handle))
-        fits = self._table.fits()
-        return self._table.full(fits) if set(fits) <= set(reporting) else None
+        return self._table.full(self._table.fits())
 
     def candidate(self) -> str | None:
         """A replica that may serve this ingress, each in turn; None when all may, or none is known."""

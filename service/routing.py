@@ -133,13 +133,11 @@ class RoutingTable:
             if replica.model in (None, self._model) and (identity is None or replica.identity in (None, identity))
         ]
 
-    def full(self, replica_ids: Collection[str]) -> Load | None:
-        """The load of one of these when all of them hold as many requests as they take; None when one has room, is not
-        known, or there are none."""
+    def full(self, replica_ids: Collection[str]) -> list[Load]:
+        """The loads of these when each holds as many requests as it takes; none when one has room or is not known."""
         replicas = [self._replicas.get(replica_id) for replica_id in replica_ids]
-        if not replicas or any(replica is None or replica.has_room for replica in replicas):
-            return None
-        return next(replica.load for replica in replicas if replica is not None)
+        loads = [replica.load for replica in replicas if replica is not None and not replica.has_room]
+        return loads if len(loads) == len(replicas) else []
 
     @property
     def has_replicas(self) -> bool:

@@ -162,10 +162,12 @@ class EngineClient:
 
     def _check_room(self) -> None:
         """Overloaded when no replica takes one more request: what they would say costs each refusal a call."""
-        reporting = {batch.replica_id for batch in self._batches.values() if batch.replica_id is not None}
-        full = self._chooser.full(reporting) if reporting else None
-        if full is not None:
-            raise full_queue(full.requests, full.max_requests)
+        if not (loads := self._chooser.full()):
+            return
+        # These tell their load with every step. What others have told may be long past.
+        reporting = {batch.replica_id for batch in self._batches.values()}
+        if all(load.replica_id in reporting for load in loads):
+            raise full_queue(loads[0].requests, loads[0].max_requests)
 
     def _queue(self, stream: TokenStream) -> None:
         """Give the stream a new attempt and send it with the next batch."""
