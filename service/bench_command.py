@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.bench import offline
-from service.bench.arguments import add_kernels, add_load, add_metrics, add_slice, count, counts
+from service.bench.arguments import add_kernels, add_load, add_metrics, add_plans, add_slice, count, counts
 from service.bench.serving.arguments import add_serve
 from service.serve_command import demo_checkpoint
 
@@ -17,6 +17,7 @@ examples:
   m3serve bench kernels --dry-run                what each GPU operation costs at the least, without a GPU
   m3serve bench slice --out slice.json           12 of M3's 60 layers on one GPU
   m3serve bench offline --model DIR --decode-batches 1,8,16
+  m3serve bench plans --compare F,2,4            what index plans save, on the demo checkpoint
   m3serve bench serve --max-concurrency 16 --num-prompts 64 --metrics-url http://127.0.0.1:9400/metrics
 """
 
@@ -56,6 +57,9 @@ def add_parser(subparsers: Any) -> None:
     part = kinds.add_parser("slice", help="the engine on 12 layers of one M3 rank, on one GPU", allow_abbrev=False)
     add_slice(part)
     part.set_defaults(run=_slice)
+    plans = kinds.add_parser("plans", help="a checkpoint by index plan: speed, the indexers' share", allow_abbrev=False)
+    add_plans(plans)
+    plans.set_defaults(run=_plans)
     cost = kinds.add_parser("metrics", help="what the metrics cost per decode step", allow_abbrev=False)
     add_metrics(cost)
     cost.set_defaults(run=_metrics)
@@ -90,6 +94,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _kernels(args: argparse.Namespace) -> int:
     status: int = importlib.import_module("service.bench.kernels").from_args(args)
+    return status
+
+
+def _plans(args: argparse.Namespace) -> int:
+    args.model = args.model or str(demo_checkpoint())
+    status: int = importlib.import_module("service.bench.plans").from_args(args)
     return status
 
 

@@ -34,6 +34,18 @@ examples:
   m3serve bench slice --format mxfp4 --freqs 1 --concurrency 1,16
   m3serve bench slice --tiny --backend torch           the same on a model of toy size, on CPU
 """
+_PLANS = """\
+One checkpoint under several index plans, each by an engine of its own: speed of prompts and of decoding, and which part
+of a step the indexers take. What sharing does to the output is for `m3serve eval` to say.
+
+The first plan is what the others are compared with. It is measured once more at the end: how far its two rates differ
+is what the machine's noise does. Prompts are random token ids.
+"""
+_PLANS_EPILOG = """\
+examples:
+  m3serve bench plans --compare F,2,4,deploy/demo/m3-nano/index_plan.json
+  python -m service.bench.plans --model DIR --compare F,FSSSFFFSF --decode-batches 1,16,64
+"""
 _METRICS = """\
 What the metrics cost per decode step: counting in the engine, publishing the replica's series into shared files, and
 probed steps, spread over the default interval. Each is timed by itself; steps with and without the series alternate.
@@ -138,6 +150,32 @@ def add_slice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bandwidth", type=float, default=None, metavar="TB/s",
         help="what floors assume; default: measured on a GPU, else 3.02, an H100's",
+    )  # fmt: skip
+
+
+def add_plans(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench plans`."""
+    _describe(parser, _PLANS, _PLANS_EPILOG)
+    parser.add_argument("--model", metavar="DIR", help="checkpoint; default of m3serve: the demo checkpoint")
+    parser.add_argument(
+        "--compare", required=True, metavar="PLAN,PLAN",
+        help="index plans: a number (one sparse layer in so many selects; 1: all), letters (one F or S per sparse "
+        "layer; F alone: all) or the path of a plan file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefill-tokens", type=counts, default=[8000], metavar="N,N", help="prompt lengths of prefill (8000)"
+    )
+    parser.add_argument("--decode-batches", type=counts, default=[1, 16], metavar="N,N", help="batch sizes (1,16)")
+    parser.add_argument(
+        "--context-tokens", type=count, default=7000, metavar="N", help="prompt length of decode (7000)"
+    )
+    parser.add_argument(
+        "--decode-steps", type=count, default=128, metavar="N", help="timed steps per decode case (128)"
+    )
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="prompts per prefill case (3)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a setting of the engine; VALUE is JSON or text; may be repeated",
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from service.bench.gpu_timing import Protocol, measure_rates
 from service.bench.report import Row, machine, progress, summary, table, write
 from service.bench.slice_engine import Load, SliceEngine, expert_coverage
 from service.bench.slice_model import TINY_RANK, group_shape, hf_config
+from service.evaluation.arguments import setting
 
 # What long prompts' products reach on an H100; prefill floors assume it whatever the device.
 PREFILL_FLOPS = 600e12
@@ -223,20 +224,6 @@ def gains(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE settings of the engine; values are JSON, or text where they are not."""
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set {pair!r} must be NAME=VALUE")
-        try:
-            settings[name] = json.loads(value)
-        except ValueError:
-            settings[name] = value
-    return settings
-
-
 def from_args(args: argparse.Namespace) -> int:
     """Run with the flags of `arguments.add_slice`."""
     if args.bandwidth is not None and args.bandwidth <= 0:
@@ -259,7 +246,7 @@ def from_args(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             requests_per_stream=args.requests_per_stream or 0,
         ),
-        settings={"backend": args.backend, "dtype": args.dtype, **settings_of(args.set)},
+        settings={"backend": args.backend, "dtype": args.dtype, **dict(map(setting, args.set))},
         bandwidth=None if args.bandwidth is None else args.bandwidth * 1e12,
         out=args.out,
         ranks=args.tensor_parallel_size,

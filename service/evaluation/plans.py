@@ -28,6 +28,14 @@ def plan_settings(spec: str) -> dict[str, Any]:
     raise ConfigError(f"--compare {spec!r}: expected a number, letters F and S, or the path of a plan file")
 
 
+def plan_specs(compare: str) -> list[str]:
+    """The entries of --compare."""
+    specs = [spec.strip() for spec in compare.split(",") if spec.strip()]
+    if not specs:
+        raise ConfigError("--compare names no plan")
+    return specs
+
+
 def with_plan(settings: dict[str, Any], spec: str | None) -> dict[str, Any]:
     """The engine's settings under a plan; None: under their own."""
     if spec is None:

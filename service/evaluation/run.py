@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
 from service.evaluation import offline as engine_side
 from service.evaluation import report
 from service.evaluation.arguments import Choice, data_for
 from service.evaluation.data import Data
 from service.evaluation.measure import Measured
-from service.evaluation.plans import resolve
+from service.evaluation.plans import plan_specs, resolve
 from service.evaluation.progress import say
 
 
@@ -25,11 +24,7 @@ def offline(
     settings: fields of EngineConfig beside the model.  compare: plans, separated by commas; default: the plan that the
     settings and the checkpoint give. Raises ConfigError or CheckpointError before any weight is read, if it can.
     """
-    specs: list[str | None] = [None]
-    if compare is not None:
-        specs = [spec.strip() for spec in compare.split(",") if spec.strip()]
-        if not specs:
-            raise ConfigError("--compare names no plan")
+    specs: list[str | None] = [None] if compare is None else [*plan_specs(compare)]
     config, _ = resolve(model, settings, specs)
     data = data_for(model, config, chosen, max_model_len=settings.get("max_model_len"))
     results, about = engine_side.evaluate(model, data, settings, specs)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, poison
 from tests.faults.ledger import PLUGIN, Ledger
 from tests.faults.streams import POISON_TOKEN_ID
-
-EMBEDDING = "embed_tokens.weight"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,11 +36,4 @@ def ledger(request: pytest.FixtureRequest) -> Ledger:
 @pytest.fixture(scope="session")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint whose logits are NaN for whoever uses POISON_TOKEN_ID."""
-    path = make_checkpoint(tmp_path_factory.mktemp("poisoned"))
-    [(file, name)] = [
-        (file, name) for file in path.glob("*.safetensors") for name in load_file(file) if name.endswith(EMBEDDING)
-    ]
-    tensors = load_file(file)
-    tensors[name][POISON_TOKEN_ID] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
-    return path
+    return poison(make_checkpoint(tmp_path_factory.mktemp("poisoned")), POISON_TOKEN_ID)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engine import LLM, Output, SamplingParams
+from engine.types import GuidedSpec
 from tests.checkpoints import make_checkpoint
 
 pytestmark = [
@@ -118,6 +121,27 @@ def test_sampling_does_not_depend_on_the_path(model: Path) -> None:
         alone = [llm.generate([prompt], one)[0] for one in params]
     assert [o.token_ids for o in together] == [o.token_ids for o in alone]
     assert all(o.logprobs is not None and len(o.logprobs) == len(o.token_ids) for o in together)
+
+
+def test_guided_rows_beside_free_ones_equal_those_of_the_cpu(model: Path) -> None:
+    """Free rows are drawn inside the graph, guided ones under their masks."""
+    pytest.importorskip("llguidance")
+    bound = GuidedSpec("regex", "[a-c]{6}x*")
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0, "guided": bound},
+        {"temperature": 1.0, "seed": 1, "guided": bound},
+        {"temperature": 1.0, "seed": 2, "top_k": 3, "guided": bound},
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 3},
+    ]
+    params = [SamplingParams(max_tokens=16, ignore_eos="guided" not in kind, **kind) for kind in kinds]
+    found = []
+    for backend in ("torch", "triton"):
+        with LLM(model, dtype="float32", max_model_len=1024, num_pages=64, backend=backend) as llm:
+            outputs = llm.generate([list(range(1, 300))] * len(params), params)
+        assert all(re.match("[a-c]{6}", output.text) for output in outputs[:3])
+        found.append(tokens(outputs))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,49 @@ def test_offline(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "outside_forward" in printed.err
 
 
+def test_plans(checkpoint: Path, tmp_path: Path) -> None:
+    """Every plan in every case, the first of them twice; what reuses a selection runs no indexer."""
+    out = tmp_path / "bench.json"
+    sizes = ["--prefill-tokens", "300", "--context-tokens", "290", "--decode-batches", "1,2", "--decode-steps", "20"]
+    fixed = ["--repeats", "1", "--set", "num_threads=1", "--set", "dtype=float32"]
+    arguments = ["--model", str(checkpoint), "--compare", "F,FSS", *sizes, *fixed, "--out", str(out)]
+    assert cli.main(["bench", "plans", *arguments]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    plans = ["DDFFF", "DDFSS", "DDFFF"]
+    assert [(row["plan"], row["case"], row["batch"]) for row in rows] == [
+        (plan, *case) for plan in plans for case in (("prefill", 1), ("decode", 1), ("decode", 2))
+    ]
+    for row, first in zip(rows, rows[:3] * 3, strict=True):
+        tokens = row["context_tokens"] if row["case"] == "prefill" else row["batch"]
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["median_ms"] * 1e3)
+        assert row["against_first"] == pytest.approx(row["tokens_per_s"] / first["tokens_per_s"])
+        assert 0 < row["indexer_share"] < 1
+
+
+def test_plans_refuses_what_it_cannot_measure(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for compare, named in (("F,1", "twice"), ("x", "'x'"), (",", "names no plan")):
+        assert cli.main(["bench", "plans", "--model", str(checkpoint), "--compare", compare]) == 2
+        assert named in capsys.readouterr().err
+    assert (
+        cli.main(
+            [
+                "bench",
+                "plans",
+                "--model",
+                str(checkpoint),
+                "--compare",
+                "F",
+                "--decode-batches",
+                "",
+                "--prefill-tokens",
+                "",
+            ]
+        )
+        == 2
+    )
+    assert "nothing to measure" in capsys.readouterr().err
+
+
 def test_metrics(checkpoint: Path, tmp_path: Path) -> None:
     """The cost is the sum of its parts, each of which was really measured."""
     out = tmp_path / "bench.json"
@@ -243,7 +286,7 @@ def test_slice_of_a_group(cluster: Cluster, tmp_path: Path) -> None:
         (["kernels", "--filter", "indexer decode 7k"], "matches no case; there are: indexer decode, sparse decode"),
         (["kernels", "--max-len", "0"], "must be positive numbers, got '0'"),
         (["slice", "--tiny", "--freqs", "1,x"], "must be numbers separated by commas, got '1,x'"),
-        (["slice", "--tiny", "--set", "eager"], "--set 'eager' must be NAME=VALUE"),
+        (["slice", "--tiny", "--set", "eager"], "--set 'eager': expected NAME=VALUE"),
         (["slice", "--tiny", "--set", "eager=true"], "unknown settings ['eager']"),
         (["slice", "--tiny", "--bandwidth", "0"], "--bandwidth must be positive, got 0.0"),
     ],
@@ -265,10 +308,12 @@ def test_no_gpu(kind: str, way_out: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "torch sees none" in message and way_out in message
 
 
-@pytest.mark.parametrize("kind", ["kernels", "slice"])
-def test_help_teaches(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "word"), [("kernels", "floor"), ("slice", "floor"), ("plans", "the first plan is what the others")]
+)
+def test_help_teaches(kind: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["bench", kind, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert "floor" in text.lower() and f"m3serve bench {kind} --out" in text
+    assert word in " ".join(text.lower().split()) and f"m3serve bench {kind} --" in text

@@ -1,0 +1,183 @@
+"""`m3serve bench plans`: speed of one checkpoint by index plan. Also `python -m service.bench.plans`.
+
+What sharing does to the output is `m3serve eval`'s to say; this says what it saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from engine.config import PAGE_SIZE, EngineConfig
+from engine.engine import EngineCore
+from engine.errors import CheckpointError, ConfigError
+from engine.executor import InlineExecutor
+from service.bench.arguments import add_plans
+from service.bench.engine_load import closed_loop, steady_decode, steps_of_prefill
+from service.bench.report import Row, machine, progress, table, write
+from service.evaluation.arguments import setting
+from service.evaluation.plans import plan_specs, resolve, with_plan
+
+# Often enough for every case to be probed, too rarely to move a median.
+_PROBE_INTERVAL = 16
+_BUDGET = 8192
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """What is tried under every plan; lengths in tokens. repeats: prompts per prefill case."""
+
+    prefill_tokens: Sequence[int]
+    decode_batches: Sequence[int]
+    context_tokens: int
+    decode_steps: int
+    repeats: int
+
+    def max_tokens(self, batch: int) -> int:
+        """Enough for the first request to live until all `batch` have decoded together."""
+        return steps_of_prefill([self.context_tokens] * batch, _BUDGET) + self.decode_steps + 1
+
+    def engine_settings(self) -> dict[str, Any]:
+        """The sizes that every case fits in."""
+        lengths = [(batch, self.context_tokens + self.max_tokens(batch)) for batch in self.decode_batches]
+        lengths += [(1, tokens + 1) for tokens in self.prefill_tokens]
+        if not lengths:
+            raise ConfigError("--prefill-tokens and --decode-batches are both empty: there is nothing to measure")
+        return {
+            "max_model_len": max(length for _, length in lengths),
+            "max_num_seqs": max(batch for batch, _ in lengths),
+            "max_num_batched_tokens": _BUDGET,
+            "num_pages": max(batch * -(-length // PAGE_SIZE) for batch, length in lengths) + 1,
+            # A repeated prompt would be found instead of computed.
+            "enable_prefix_caching": False,
+            "probe_interval": _PROBE_INTERVAL,
+        }
+
+
+def run(model: Path, specs: Sequence[str], load: Load, settings: dict[str, Any], out: str | None) -> int:
+    """Measure an engine per plan, the first again at the end: how far the two differ is what the machine's noise
+    does.  specs: see `service.evaluation.plans.plan_settings`."""
+    settings = load.engine_settings() | settings
+    resolve(model, settings, list(specs))
+    document: dict[str, Any] = {"benchmark": "plans", "machine": machine(), "settings": settings, "rows": []}
+    for spec in [*specs, specs[0]] if len(specs) > 1 else specs:
+        config = EngineConfig.from_kwargs(model, **with_plan(settings, spec))
+        core = EngineCore(config, InlineExecutor(config))
+        try:
+            info = core.info
+            document |= {"model": info.model_name, "backend": info.backend, "dtype": info.dtype}
+            progress(f"{info.plan}: {info.backend}, {info.dtype}")
+            document["rows"] += _measure(core, load)
+        finally:
+            core.close()
+            del core
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    add_gains(document["rows"])
+    for case in ("prefill", "decode"):
+        if shown := [row for row in document["rows"] if row["case"] == case]:
+            progress(f"\n{table(shown)}")
+    write(document, out)
+    return 0
+
+
+def _measure(core: EngineCore, load: Load) -> list[Row]:
+    rng = random.Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(core.info.vocab_size) for _ in range(length)]
+
+    # Kernels compile, buffers grow.
+    steady_decode(core, [prompt(min(300, load.context_tokens))], 3, load.max_tokens(1))
+    rows = []
+    for tokens in load.prefill_tokens:
+        closed_loop(core, [prompt(tokens)], concurrency=1, output_tokens=1)
+        rows.append(_prefill(core, prompt, tokens, load.repeats))
+    for batch in load.decode_batches:
+        prompts = [prompt(load.context_tokens) for _ in range(batch)]
+        found = steady_decode(core, prompts, load.decode_steps, load.max_tokens(batch))
+        step_s = median(found.intervals_s)
+        indexer_s = sum(found.indexer_s.values())
+        rows.append(_row(core, "decode", batch, load.context_tokens, batch / step_s, step_s, indexer_s / step_s))
+    return rows
+
+
+def _prefill(core: EngineCore, prompt: Any, tokens: int, repeats: int) -> Row:
+    """Time to the first token of one prompt on an idle engine, and the indexer's share of probed steps: prompts are
+    run until one has been probed."""
+    seconds: list[float] = []
+    before = _probed_prefill(core)
+    while len(seconds) < repeats or (_probed_prefill(core)[1] == before[1] and len(seconds) < 2 * _PROBE_INTERVAL):
+        ran = closed_loop(core, [prompt(tokens)], concurrency=1, output_tokens=1)
+        seconds.append(ran.streams[0].ttft_s)
+    indexer_s, forward_s = (late - early for late, early in zip(_probed_prefill(core), before, strict=True))
+    prefill_s = median(seconds)
+    return _row(core, "prefill", 1, tokens, tokens / prefill_s, prefill_s, indexer_s / forward_s if forward_s else None)
+
+
+def _probed_prefill(core: EngineCore) -> tuple[float, float]:
+    """(the indexers' seconds on prompts, seconds of whole steps), both of probed steps so far."""
+    indexer_s = sum(seconds for (_, phase), seconds in core.stats.indexer_s.items() if phase == "prefill")
+    rank = core.stats.ranks.get(0)
+    return indexer_s, 0.0 if rank is None else rank.forward_s
+
+
+def _row(core: EngineCore, case: str, batch: int, tokens: int, rate: float, seconds: float, share: float | None) -> Row:
+    row = {
+        "case": case,
+        "plan": core.info.plan,
+        "batch": batch,
+        "context_tokens": tokens,
+        "tokens_per_s": rate,
+        "median_ms": seconds * 1e3,
+        "indexer_share": share,
+    }
+    progress("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+    return row
+
+
+def add_gains(rows: Sequence[Row]) -> None:
+    """Each row's rate over that of the first plan in the same case."""
+    first: dict[tuple[str, int, int], float] = {}
+    for row in rows:
+        key = (row["case"], row["batch"], row["context_tokens"])
+        row["against_first"] = row["tokens_per_s"] / first.setdefault(key, row["tokens_per_s"])
+
+
+def from_args(args: argparse.Namespace) -> int:
+    """Run with the flags of `arguments.add_plans`."""
+    return run(
+        Path(args.model),
+        plan_specs(args.compare),
+        Load(args.prefill_tokens, args.decode_batches, args.context_tokens, args.decode_steps, args.repeats),
+        dict(map(setting, args.set)),
+        args.out,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m service.bench.plans`."""
+    parser = argparse.ArgumentParser(prog="python -m service.bench.plans", allow_abbrev=False)
+    add_plans(parser)
+    args = parser.parse_args(argv)
+    if args.model is None:
+        parser.error("--model DIR is needed")
+    try:
+        return from_args(args)
+    except (ConfigError, CheckpointError) as error:
+        print(f"m3serve: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
