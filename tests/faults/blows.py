@@ -1,4 +1,4 @@
-"""The faults: each strikes processes that the fleet reports, and returns those that must be gone in the end."""
+"""The faults: each strikes processes that the fleet reports."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ from collections.abc import Awaitable, Callable
 
 from tests.faults.fleet import Fleet
 
-Fault = Callable[[Fleet], Awaitable[set[int]]]
+# Strikes, and returns the processes that must be gone in the end.
+Blow = Callable[[], Awaitable[set[int]]]
+# Finds what to strike, before the streams begin: looking for it takes long enough for short ones to end.
+Fault = Callable[[Fleet], Blow]
 
 # An ingress that stands still for less than it takes Serve to give it up.
 SHORT_STOP_S = 2.0
 
 
+def _signalled(number: signal.Signals, struck: set[int], lost: set[int]) -> Blow:
+    async def blow() -> set[int]:
+        for pid in struck:
+            os.kill(pid, number)
+        return lost
+
+    return blow
+
+
 def hit_rank(rank: int, number: signal.Signals) -> Fault:
     """Signal one rank of one engine replica: the whole group must go."""
 
-    async def fault(fleet: Fleet) -> set[int]:
-        group = (await asyncio.to_thread(fleet.groups))[0]
-        os.kill(group.workers[rank], number)
-        return group.pids
+    def fault(fleet: Fleet) -> Blow:
+        group = fleet.groups()[0]
+        return _signalled(number, {group.workers[rank]}, group.pids)
 
     return fault
 
@@ -29,54 +40,53 @@ def hit_rank(rank: int, number: signal.Signals) -> Fault:
 def hit_replica(number: signal.Signals) -> Fault:
     """Signal the process of one engine replica, the one that owns the workers."""
 
-    async def fault(fleet: Fleet) -> set[int]:
-        group = (await asyncio.to_thread(fleet.groups))[0]
-        os.kill(group.replica, number)
-        return group.pids
+    def fault(fleet: Fleet) -> Blow:
+        group = fleet.groups()[0]
+        return _signalled(number, {group.replica}, group.pids)
 
     return fault
 
 
-async def kill_every_replica(fleet: Fleet) -> set[int]:
+def kill_every_replica(fleet: Fleet) -> Blow:
     """All engines at once: every stream loses its own."""
-    groups = await asyncio.to_thread(fleet.groups)
-    for group in groups:
-        os.kill(group.replica, signal.SIGKILL)
-    return {pid for group in groups for pid in group.pids}
+    groups = fleet.groups()
+    lost = {pid for group in groups for pid in group.pids}
+    return _signalled(signal.SIGKILL, {group.replica for group in groups}, lost)
 
 
 def hit_ingress(number: signal.Signals) -> Fault:
     """Signal one HTTP front."""
 
-    async def fault(fleet: Fleet) -> set[int]:
-        pid = (await asyncio.to_thread(fleet.ingresses))[0]
-        os.kill(pid, number)
-        return {pid}
+    def fault(fleet: Fleet) -> Blow:
+        pid = fleet.ingresses()[0]
+        return _signalled(number, {pid}, {pid})
 
     return fault
 
 
-async def halt_ingress(fleet: Fleet) -> set[int]:
+def halt_ingress(fleet: Fleet) -> Blow:
     """One HTTP front stops reading for a moment, then goes on."""
-    pid = (await asyncio.to_thread(fleet.ingresses))[0]
-    os.kill(pid, signal.SIGSTOP)
-    await asyncio.sleep(SHORT_STOP_S)
-    os.kill(pid, signal.SIGCONT)
-    return set()
+    pid = fleet.ingresses()[0]
+
+    async def blow() -> set[int]:
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(SHORT_STOP_S)
+        os.kill(pid, signal.SIGCONT)
+        return set()
+
+    return blow
 
 
-async def kill_controller(fleet: Fleet) -> set[int]:
+def kill_controller(fleet: Fleet) -> Blow:
     """Serve's controller, which starts and watches replicas."""
-    pid = await asyncio.to_thread(fleet.controller)
-    os.kill(pid, signal.SIGKILL)
-    return {pid}
+    pid = fleet.controller()
+    return _signalled(signal.SIGKILL, {pid}, {pid})
 
 
-async def kill_proxy(fleet: Fleet) -> set[int]:
+def kill_proxy(fleet: Fleet) -> Blow:
     """Serve's HTTP proxy, which holds every client's connection."""
-    pid = await asyncio.to_thread(fleet.proxy)
-    os.kill(pid, signal.SIGKILL)
-    return {pid}
+    pid = fleet.proxy()
+    return _signalled(signal.SIGKILL, {pid}, {pid})
 
 
 ENGINE_FAULTS: dict[str, Fault] = {

@@ -83,6 +83,18 @@ async def run_streams(
     return records
 
 
+async def ask_until(done: asyncio.Future[Any], url: str, model: str) -> list[str]:
+    """What came of short requests, sent one after the other until `done`: "whole", or the answer that was not 200."""
+    greedy = {"temperature": 0.0, "logit_bias": {str(POISON_TOKEN_ID): -100}}
+    body = {"model": model, "prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True} | greedy
+    answered = []
+    async with httpx.AsyncClient(base_url=url, timeout=STREAM_TIMEOUT_S, trust_env=False) as client:
+        while not done.done():
+            answer = await client.post("/v1/completions", json=body)
+            answered.append("whole" if answer.status_code == 200 else answer.text)
+    return answered
+
+
 async def stream(client: httpx.AsyncClient, body: dict[str, Any], record: Record) -> None:
     """One streamed completion, read to its end."""
     more = {"stream": True, "return_token_ids": True, "stream_options": {"include_usage": True}}

@@ -182,12 +182,13 @@ def test_the_openai_client_sees_one_unbroken_stream(fleet: Fleet, undisturbed: U
 
     async def run(*, kill: bool) -> tuple[list[str], list[Record]]:
         records = [Record() for _ in requests]
+        blow = await asyncio.to_thread(kill_every_replica, fleet)
         async with openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0) as client:
             work = [asyncio.create_task(read(client, *pair)) for pair in zip(requests, records, strict=True)]
             async with asyncio.timeout(120):
                 while kill and not all(len(record.token_ids) > 5 for record in records):
                     await asyncio.sleep(0.005)
-                lost = await kill_every_replica(fleet) if kill else set()
+                lost = await blow() if kill else set()
                 texts: Sequence[str] = await asyncio.gather(*work)
         if kill:
             await asyncio.to_thread(fleet.wait_until_whole, without=lost)

@@ -20,7 +20,7 @@ SERVICE = "1 engine x TP1, 1 ingress"
 MAX_NUM_SEQS, MAX_QUEUED = 8, 16
 MAX_TOKENS, LONG_TOKENS = 96, 1500
 OVERLOAD = 3.0
-SECONDS, WARM_UP_S = 180.0, 20.0
+SECONDS, WARM_UP_S = 120.0, 15.0
 # A shared machine: no promise, but a refusal that waits for a step or a place in the queue takes longer.
 REFUSAL_LIMIT_S = 2.0
 pytestmark = pytest.mark.full

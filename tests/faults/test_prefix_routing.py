@@ -24,7 +24,7 @@ CONCURRENCY = 4
 # 12 documents take 72 pages: one engine cannot keep them all, two can.
 NUM_PAGES = 56
 # By chance and by prefix in turn, each on documents of its own: what else the machine does meets both.
-NUM_PHASES = 6
+NUM_PHASES = 4
 pytestmark = pytest.mark.full
 
 

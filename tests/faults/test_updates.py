@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client import REGISTRY
 from ray import serve
@@ -16,10 +15,11 @@ from service.app import build, build_engine
 from service.settings import ServiceSettings
 from service.stream import EngineClient
 from tests.cluster import Cluster, engine_client, wait_until_async
-from tests.faults.blows import Fault
+from tests.faults.blows import Blow, Fault
 from tests.faults.fleet import APPLICATION, Fleet, open_fleet
 from tests.faults.guarantees import Undisturbed, assert_unbroken, endure, num_wrong
 from tests.faults.ledger import Ledger
+from tests.faults.streams import ask_until
 
 SERVICE = "2 engines, 2 ingresses"
 TIMEOUT_S = 120.0
@@ -29,17 +29,18 @@ pytestmark = pytest.mark.full
 def redeploy(settings: ServiceSettings, answered: list[str]) -> Fault:
     """Replace every replica, and send requests all the while. answered: what came of them is added."""
 
-    async def fault(fleet: Fleet) -> set[int]:
-        groups = await asyncio.to_thread(fleet.groups)
-        old = {pid for group in groups for pid in group.pids} | set(await asyncio.to_thread(fleet.ingresses))
-        update = asyncio.create_task(asyncio.to_thread(serve.run, build(settings), name=APPLICATION, route_prefix="/"))
-        async with httpx.AsyncClient(base_url=fleet.url, timeout=TIMEOUT_S, trust_env=False) as client:
-            while not update.done():
-                body = {"model": fleet.model_name, "prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
-                answer = await client.post("/v1/completions", json=body)
-                answered.append("whole" if answer.status_code == 200 else answer.text)
-        await update
-        return old
+    def fault(fleet: Fleet) -> Blow:
+        old = {pid for group in fleet.groups() for pid in group.pids} | set(fleet.ingresses())
+
+        async def blow() -> set[int]:
+            update = asyncio.create_task(
+                asyncio.to_thread(serve.run, build(settings), name=APPLICATION, route_prefix="/")
+            )
+            answered.extend(await ask_until(update, fleet.url, fleet.model_name))
+            await update
+            return old
+
+        return blow
 
     return fault
 
@@ -90,7 +91,7 @@ def test_an_update_with_the_same_plan_moves_what_outlasts_it(
         num_pages=400,
         graceful_shutdown_timeout_s=1.0,
     )
-    params = [SamplingParams(max_tokens=1500, seed=seed, ignore_eos=True) for seed in range(16)]
+    params = [SamplingParams(max_tokens=800, seed=seed, ignore_eos=True) for seed in range(16)]
     requests = [EngineRequest("r", [7 + seed, 8, 9], each) for seed, each in enumerate(params)]
 
     async def tokens(client: EngineClient, request: EngineRequest) -> list[int]:
