@@ -74,13 +74,13 @@ MOE_16: PairByFormat = {
     ),
     "mxfp4": (
         _narrow(_table(_few(32, 256, 2, 2, 3), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
-        _narrow(_table(_few(64, 128, 1, 2, 3), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
+        _narrow(_table(_few(64, 128, 1, 2, 4), _AMD_MOE, _few(64, 256, 1, 4, 2), _INTERPRET_MOE)),
     ),
 }
 _MOE_64_DOWN = _narrow(_table(_few(64, 256, 1, 2, 2), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE))
 MOE_64: PairByFormat = {
     "mxfp8": (_narrow(_table(_few(32, 128, 4, 4, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
-    "mxfp4": (_narrow(_table(_few(32, 128, 2, 2, 3), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
+    "mxfp4": (_narrow(_table(_few(64, 256, 1, 2, 2), _AMD_MOE, _AMD_MOE, _INTERPRET_MOE)), _MOE_64_DOWN),
 }
 
 
@@ -103,12 +103,12 @@ def _both(sm90: LaunchConfig, amd: LaunchConfig) -> Table:
     return _table(sm90, amd, amd, _INTERPRET_MANY)
 
 
-# mxfp4 on sm_90 keeps to 32 rows, that is to mma.sync: its two wgmma a turn, both with an operand in registers, were
+# mxfp4 on sm_90 keeps to two warps, that is to mma.sync: its two wgmma a turn, both with an operand in registers, were
 # seen to give wrong sums in the first calls of a process (Triton 3.6).
 _SHORT_8 = _both(_many(32, 64, 128, 4, 3), _many(64, 64, 128, 4, 2))
-_SHORT_4 = _both(_many(32, 32, 128, 4, 3), _many(64, 64, 128, 4, 2))
+_SHORT_4 = _both(_many(32, 64, 128, 2, 3), _many(64, 64, 128, 4, 2))
 _LONG_8 = _both(_many(256, 128, 64, 8, 3), _many(128, 128, 64, 8, 2))
-_LONG_4 = _both(_many(128, 32, 128, 4, 2), _many(128, 128, 64, 8, 2))
+_LONG_4 = _both(_many(64, 128, 64, 2, 3), _many(128, 128, 64, 8, 2))
 # Few pairs per expert: bound by the weights.
 MOE_SHORT: PairByFormat = {"mxfp8": (_SHORT_8, _SHORT_8), "mxfp4": (_SHORT_4, _SHORT_4)}
 MOE_MANY: PairByFormat = {"mxfp8": (_LONG_8, _LONG_8), "mxfp4": (_LONG_4, _LONG_4)}

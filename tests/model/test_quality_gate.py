@@ -15,7 +15,7 @@ from service.evaluation.measure import Measured, accuracies
 from service.evaluation.offline import evaluate
 
 # Of a task's questions in a bucket of distances, and nats per token in a bucket of positions.
-ACCURACY_TOLERANCE = 0.05
+ACCURACY_TOLERANCE = 0.01
 LOSS_TOLERANCE = 0.01
 # Four times the blocks that every plan selects.
 LENGTH = 4096

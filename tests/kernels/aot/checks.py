@@ -48,6 +48,7 @@ _PARITY = "small models are for tests of parity, not for speed"
 _LATENCY = "a few integers or floats per row: bound by latency, not by bandwidth"
 _UNROLLED = "every wave has a whole row's loads in flight: fewer waves cover the latency"
 _MX_SCALES = "the scales of a tile are one or two bytes per thread"
+_MX_WIDE = "72 to 88 bytes: 8192 tokens take 4.8 ms on H100, 6.3 with tiles that have no spills"
 _MX_SHARED = "in the tile of all tokens, which the shared expert alone takes: faster on H100 than what has no spills"
 _TP1 = "M3 in bf16 fits no single GPU: these shapes only have to run"
 EXEMPTIONS: tuple[Exemption, ...] = (
@@ -67,6 +68,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption("loads", "sample._merge_kernel", _LATENCY, shape_class="*/sample_share/*"),
     Exemption("spills", "dense._dense_kernel", "held to 128 registers: two programs fit", arch="sm_90"),
     Exemption("spills", "moe_few._few_*_kernel", _MX_SHARED, arch="sm_90", shape_class="*-mxfp[48]/experts/decode*"),
+    Exemption("spills", "mx_many._*_kernel", _MX_WIDE, arch="sm_90", shape_class="*-mxfp4/experts/prefill*"),
     Exemption("spills", "linear._many_tokens_kernel", "8 bytes", arch="sm_90", shape_class="*-mxfp4/*"),
     Exemption("spills", "topk.select_*", "8 bytes: two of a row's scalars", arch="sm_90"),
     Exemption("waves", "moe_few._one_down_kernel", _UNROLLED, arch="gfx*"),
