@@ -242,7 +242,7 @@ class EngineClient:
 
     def _lost(self, batch: SubmitBatch, cause: str) -> None:
         """The replica of a batch is gone: move what it had not finished."""
-        log.warning("engine replica %s lost: %s", batch.replica_id, cause.splitlines()[0])
+        log.warning("%s lost: %s", batch.replica, cause.splitlines()[0])
         if batch.epoch is not None:
             self._replicas.drop(batch.epoch)
         self._move(batch, cause)
@@ -402,7 +402,7 @@ class EngineClient:
 
     def _withdraw(self, batch: SubmitBatch, cause: str) -> None:
         """Move what a batch has not finished away from a replica that may yet come back to it."""
-        log.warning("engine replica %s %s", batch.replica_id, cause)
+        log.warning("%s %s", batch.replica, cause)
         if batch.epoch is not None:
             self._replicas.abort(batch.epoch, batch.attempt_ids)
         self._move(batch, cause)

@@ -40,6 +40,13 @@ class SubmitBatch:
     replica_id: str | None = None
     num_delivered: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def replica(self) -> str:
+        """Who was to run it, for people."""
+        return (
+            "an engine replica" if self.replica_id is None else f"engine replica {self.replica_id}"
+        )
+
     def release(self) -> None:
         """Let the next submit leave."""
         for ticket in self.tickets:
