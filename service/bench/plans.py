@@ -56,6 +56,9 @@ class Load:
             "max_model_len": max(length for _, length in lengths),
             "max_num_seqs": max(batch for batch, _ in lengths),
             "max_num_batched_tokens": _BUDGET,
+            # The prompts of a decode case are to be done soon, whatever their neighbours wait.
+            "max_num_prefill_tokens": _BUDGET,
+            "long_prefill_token_threshold": _BUDGET,
             "num_pages": max(batch * -(-length // PAGE_SIZE) for batch, length in lengths) + 1,
             # A repeated prompt would be found instead of computed.
             "enable_prefix_caching": False,

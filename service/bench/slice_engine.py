@@ -56,6 +56,8 @@ class Load:
             "max_model_len": max(length for _, length in lengths),
             "max_num_seqs": max(rows for rows, _ in lengths),
             "max_num_batched_tokens": BUDGET,
+            "max_num_prefill_tokens": BUDGET,
+            "long_prefill_token_threshold": BUDGET,
             "num_pages": max(rows * -(-length // PAGE_SIZE) for rows, length in lengths) + 1,
             # A repeated prompt would be found instead of computed.
             "enable_prefix_caching": False,

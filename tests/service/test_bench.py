@@ -46,14 +46,14 @@ def test_offline(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_plans(checkpoint: Path, tmp_path: Path) -> None:
     """Every plan in every case, the first of them twice; what reuses a selection runs no indexer."""
     out = tmp_path / "bench.json"
-    sizes = ["--prefill-tokens", "300", "--context-tokens", "290", "--decode-batches", "1,2", "--decode-steps", "20"]
+    sizes = ["--prefill-tokens", "300", "--context-tokens", "1400", "--decode-batches", "1,4", "--decode-steps", "20"]
     fixed = ["--repeats", "1", "--set", "num_threads=1", "--set", "dtype=float32"]
     arguments = ["--model", str(checkpoint), "--compare", "F,FSS", *sizes, *fixed, "--out", str(out)]
     assert cli.main(["bench", "plans", *arguments]) == 0
     rows = json.loads(out.read_text())["rows"]
     plans = ["DDFFF", "DDFSS", "DDFFF"]
     assert [(row["plan"], row["case"], row["batch"]) for row in rows] == [
-        (plan, *case) for plan in plans for case in (("prefill", 1), ("decode", 1), ("decode", 2))
+        (plan, *case) for plan in plans for case in (("prefill", 1), ("decode", 1), ("decode", 4))
     ]
     for row, first in zip(rows, rows[:3] * 3, strict=True):
         tokens = row["context_tokens"] if row["case"] == "prefill" else row["batch"]
