@@ -30,7 +30,7 @@ test: $(INSTALLED) tools ## run all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/model tests/golden tests/kernels tests/unit
 	$(BIN)/python -m pytest tests/service tests/deploy tests/faults tests/fuzz
 
-faults: $(INSTALLED) ## kill and stop every kind of process under load; prints a table (about 18 min)
+faults: $(INSTALLED) ## kill and stop every kind of process under load; prints a table (about 15 min)
 	$(BIN)/python -m tests.faults
 
 fuzz: $(INSTALLED) ## hostile input for about SECONDS (600), guided by coverage where atheris is installed

@@ -34,17 +34,18 @@ _BUDGET = 8192
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """What is tried under every plan; lengths in tokens. repeats: prompts per prefill case."""
+    """What is tried under every plan; lengths in tokens. repeats: prompts per prefill case.  budget: of one step."""
 
     prefill_tokens: Sequence[int]
     decode_batches: Sequence[int]
     context_tokens: int
     decode_steps: int
     repeats: int
+    budget: int
 
     def max_tokens(self, batch: int) -> int:
         """Enough for the first request to live until all `batch` have decoded together."""
-        return steps_of_prefill([self.context_tokens] * batch, _BUDGET) + self.decode_steps + 1
+        return steps_of_prefill([self.context_tokens] * batch, self.budget) + self.decode_steps + 1
 
     def engine_settings(self) -> dict[str, Any]:
         """The sizes that every case fits in."""
@@ -55,10 +56,10 @@ class Load:
         return {
             "max_model_len": max(length for _, length in lengths),
             "max_num_seqs": max(batch for batch, _ in lengths),
-            "max_num_batched_tokens": _BUDGET,
+            "max_num_batched_tokens": self.budget,
             # The prompts of a decode case are to be done soon, whatever their neighbours wait.
-            "max_num_prefill_tokens": _BUDGET,
-            "long_prefill_token_threshold": _BUDGET,
+            "max_num_prefill_tokens": self.budget,
+            "long_prefill_token_threshold": 0,
             "num_pages": max(batch * -(-length // PAGE_SIZE) for batch, length in lengths) + 1,
             # A repeated prompt would be found instead of computed.
             "enable_prefix_caching": False,
@@ -159,11 +160,20 @@ def add_gains(rows: Sequence[Row]) -> None:
 
 def from_args(args: argparse.Namespace) -> int:
     """Run with the flags of `arguments.add_plans`."""
+    settings = dict(map(setting, args.set))
+    given = [settings.get(name) for name in ("max_num_batched_tokens", "max_num_prefill_tokens")]
     return run(
         Path(args.model),
         plan_specs(args.compare),
-        Load(args.prefill_tokens, args.decode_batches, args.context_tokens, args.decode_steps, args.repeats),
-        dict(map(setting, args.set)),
+        Load(
+            prefill_tokens=args.prefill_tokens,
+            decode_batches=args.decode_batches,
+            context_tokens=args.context_tokens,
+            decode_steps=args.decode_steps,
+            repeats=args.repeats,
+            budget=min([_BUDGET, *(tokens for tokens in given if isinstance(tokens, int))]),
+        ),
+        settings,
         args.out,
     )
 

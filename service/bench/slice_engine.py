@@ -57,7 +57,7 @@ class Load:
             "max_num_seqs": max(rows for rows, _ in lengths),
             "max_num_batched_tokens": BUDGET,
             "max_num_prefill_tokens": BUDGET,
-            "long_prefill_token_threshold": BUDGET,
+            "long_prefill_token_threshold": 0,
             "num_pages": max(rows * -(-length // PAGE_SIZE) for rows, length in lengths) + 1,
             # A repeated prompt would be found instead of computed.
             "enable_prefix_caching": False,
