@@ -43,9 +43,7 @@ class SubmitBatch:
     @property
     def replica(self) -> str:
         """Who was to run it, for people."""
-        return (
-            "an engine replica" if self.replica_id is None else f"engine replica {self.replica_id}"
-        )
+        return "an engine replica" if self.replica_id is None else f"engine replica {self.replica_id}"
 
     def release(self) -> None:
         """Let the next submit leave."""
