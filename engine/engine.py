@@ -15,12 +15,12 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from engine import guided
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError, EngineDead, RequestError
 from engine.guard import IndexGuard
 from engine.metrics import EngineStats
 from engine.pages import PagePool
+from engine.request_check import check_request
 from engine.scheduler import RequestState, Scheduler, Step
 from engine.step_budget import BudgetLimits
 from engine.timeline import StepTime, Timeline
@@ -30,11 +30,9 @@ from engine.types import (
     NOT_SAMPLED,
     EngineRequest,
     FinishReason,
-    GuidedSpec,
     Logprobs,
     RequestEvent,
     StepResult,
-    check_prompt_len,
 )
 
 if TYPE_CHECKING:  # at run time it would load torch, which the scheduler's process has no use for
@@ -96,7 +94,8 @@ class EngineCore:
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. RequestError when it can never run; EngineDead when nothing can."""
         self._check_alive()
-        self._check(request)
+        self._check_id(request.request_id)
+        check_request(request, self.info, has_eos=bool(self._eos_token_ids))
         sampling = request.sampling
         if request.output_token_ids:
             # They came with the first token, which another replica delivered.
@@ -122,6 +121,10 @@ class EngineCore:
             return
         self._requests[state.request_id] = state
         self.scheduler.add(state)
+
+    def _check_id(self, request_id: str) -> None:
+        if request_id in self._requests or any(event.request_id == request_id for event in self._events):
+            raise RequestError(f"request_id {request_id!r} is in use", param="request_id", code="duplicate_request_id")
 
     def abort(self, request_id: str) -> None:
         """End a request now and free its pages; the next step's events say so. Ended ones stay as they
@@ -377,52 +380,6 @@ class EngineCore:
         timeline.num_cached_tokens = state.num_cached_tokens or 0
         self._num_traced -= 1
         self._timelines.append(timeline)
-
-    def _check(self, request: EngineRequest) -> None:
-        """RequestError when the request can never run."""
-        sampling, prompt_len = request.sampling, len(request.prompt_token_ids)
-        limit_tokens, vocab_size = self.info.max_model_len, self.info.vocab_size
-        request_id = request.request_id
-        if request_id in self._requests or any(event.request_id == request_id for event in self._events):
-            raise RequestError(f"request_id {request_id!r} is in use", param="request_id", code="duplicate_request_id")
-        if not prompt_len:
-            raise RequestError("prompt must have at least 1 token, got 0", param="prompt")
-        check_prompt_len(prompt_len, limit_tokens)
-        if prompt_len + sampling.max_tokens > limit_tokens:
-            raise RequestError(
-                f"prompt has {prompt_len} tokens, max_tokens is {sampling.max_tokens}: together "
-                f"{prompt_len + sampling.max_tokens}, more than max_model_len ({limit_tokens} tokens)",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        if len(request.output_token_ids) > sampling.max_tokens:
-            raise RequestError(
-                f"output_token_ids has {len(request.output_token_ids)} tokens, more than max_tokens "
-                f"({sampling.max_tokens})",
-                param="output_token_ids",
-            )
-        if sampling.guided is not None:
-            guided.require()
-            if not self._eos_token_ids:
-                raise RequestError("guided output needs an eos token, and the checkpoint names none", param="guided")
-        if sampling.seed is None:
-            raise RequestError("seed must be set before a request reaches the engine", param="seed")
-        for name, token_ids in (
-            ("prompt", request.prompt_token_ids),
-            ("output_token_ids", request.output_token_ids),
-            ("stop_token_ids", sampling.stop_token_ids or ()),
-            ("logit_bias", sampling.logit_bias or ()),
-            ("guided", _markers(sampling.guided)),
-        ):
-            for token_id in token_ids:
-                if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                    raise RequestError(f"{name} must hold token ids in [0, {vocab_size}), got {token_id!r}", param=name)
-
-
-def _markers(spec: GuidedSpec | None) -> list[int]:
-    """The tokens around the reasoning."""
-    ids = () if spec is None else (spec.reasoning_start_id, spec.reasoning_end_id)
-    return [token_id for token_id in ids if token_id is not None]
 
 
 def _record(step: Step, ended_s: float) -> None:

@@ -111,8 +111,9 @@ def _measure(core: EngineCore, load: Load) -> list[Row]:
         prompts = [prompt(load.context_tokens) for _ in range(batch)]
         found = steady_decode(core, prompts, load.decode_steps, load.max_tokens(batch))
         step_s = median(found.intervals_s)
-        indexer_s = sum(found.indexer_s.values())
-        rows.append(_row(core, "decode", batch, load.context_tokens, batch / step_s, step_s, indexer_s / step_s))
+        # None where no step was probed: too few steps.
+        share = sum(found.indexer_s.values()) / step_s if found.indexer_s else None
+        rows.append(_row(core, "decode", batch, load.context_tokens, batch / step_s, step_s, share))
     return rows
 
 
