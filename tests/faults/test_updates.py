@@ -14,6 +14,7 @@ from engine.types import EngineRequest, SamplingParams
 from service.app import build, build_engine
 from service.settings import ServiceSettings
 from service.stream import EngineClient
+from tests.checkpoints import make_checkpoint
 from tests.cluster import Cluster, engine_client, wait_until_async
 from tests.faults.blows import Blow, Fault
 from tests.faults.fleet import APPLICATION, Fleet, open_fleet
@@ -45,15 +46,15 @@ def redeploy(settings: ServiceSettings, answered: list[str]) -> Fault:
     return fault
 
 
-@pytest.mark.parametrize(
-    ("fault", "change"),
-    [("redeployed, same settings", {}), ("redeployed, another index plan", {"index_topk_freq": 1})],
-)
+@pytest.mark.parametrize("is_other", [False, True], ids=["same settings", "another checkpoint and plan"])
 def test_an_update_loses_no_request(
-    cluster: Cluster, poisoned: Path, ledger: Ledger, fault: str, change: dict[str, Any]
+    cluster: Cluster, poisoned: Path, ledger: Ledger, tmp_path: Path, is_other: bool
 ) -> None:
-    """Streams finish where they are, within graceful_shutdown_timeout_s, by the plan they began with."""
-    row = ledger.open(fault, SERVICE)
+    """Streams finish where they are, within graceful_shutdown_timeout_s, by the weights and plan they began with."""
+    change: dict[str, Any] = {}
+    if is_other:
+        change = {"model": str(make_checkpoint(tmp_path, seed=1)), "index_topk_freq": 1}
+    row = ledger.open(f"redeployed, {'another checkpoint and index plan' if is_other else 'same settings'}", SERVICE)
     answered: list[str] = []
     # Loading takes CPUs that others wait for: that must not look like a fault.
     patient = {"step_timeout_s": 60.0, "silence_timeout_s": 60.0, "health_check_timeout_s": 60.0}
