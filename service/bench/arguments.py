@@ -44,7 +44,7 @@ is what the machine's noise does. Prompts are random token ids.
 _PLANS_EPILOG = """\
 examples:
   m3serve bench plans --compare F,2,4,deploy/demo/m3-nano/index_plan.json
-  python -m service.bench.plans --model DIR --compare F,FSSSFFFSF --decode-batches 1,16,64
+  python -m service.bench.plans --model DIR --compare F,FSSFSFFSF --decode-batches 1,16,64
 """
 _METRICS = """\
 What the metrics cost per decode step: counting in the engine, publishing the replica's series into shared files, and
