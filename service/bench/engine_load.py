@@ -7,12 +7,18 @@ ends, and because the time of every single token is wanted.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
+from engine.config import PAGE_SIZE
 from engine.engine import EngineCore
+from engine.errors import ConfigError
 from engine.types import EngineRequest, SamplingParams
+
+BUDGET = 8192
+PROBE_INTERVAL = 32
 
 LayerSums = dict[int, tuple[float, int]]
 
@@ -62,6 +68,51 @@ class ClosedLoop:
     wall_s: float
     steps: int
     preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is tried on each engine; lengths in tokens. repeats: prompts per prefill case.  requests_per_stream: of a
+    closed loop per decode case; 0: none.  budget: of one step."""
+
+    prefill_tokens: Sequence[int]
+    concurrency: Sequence[int]
+    context_tokens: Sequence[int]
+    decode_steps: int
+    repeats: int
+    requests_per_stream: int = 0
+    budget: int = BUDGET
+
+    def max_tokens(self, rows: int, context: int) -> int:
+        """Enough for the first request to live until all `rows` have decoded together."""
+        return steps_of_prefill([context] * rows, self.budget) + self.decode_steps + 1
+
+    def engine_settings(self) -> dict[str, Any]:
+        """The sizes that every case fits in. ConfigError when there is no case."""
+        cases = [(rows, context) for rows in self.concurrency for context in self.context_tokens]
+        lengths = [(rows, context + self.max_tokens(rows, context)) for rows, context in cases]
+        lengths += [(1, tokens + 1) for tokens in self.prefill_tokens]
+        if not lengths:
+            raise ConfigError("neither a prefill nor a decode case is given: there is nothing to measure")
+        return {
+            "max_model_len": max(length for _, length in lengths),
+            "max_num_seqs": max(rows for rows, _ in lengths),
+            "max_num_batched_tokens": self.budget,
+            # The prompts of a decode case are to be done soon, whatever their neighbours wait.
+            "max_num_prefill_tokens": self.budget,
+            "long_prefill_token_threshold": 0,
+            "num_pages": max(rows * -(-length // PAGE_SIZE) for rows, length in lengths) + 1,
+            # A repeated prompt would be found instead of computed.
+            "enable_prefix_caching": False,
+            # Often enough for every case to be probed, too rarely to move a median.
+            "probe_interval": PROBE_INTERVAL,
+        }
+
+
+def budget_of(settings: Mapping[str, Any]) -> int:
+    """Load.budget beside settings that a user gave: no more than those let a step hold of prompts."""
+    given = (settings.get(name) for name in ("max_num_batched_tokens", "max_num_prefill_tokens"))
+    return min([BUDGET, *(tokens for tokens in given if isinstance(tokens, int))])
 
 
 class _Driver:

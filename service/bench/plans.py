@@ -6,8 +6,8 @@ What sharing does to the output is `m3serve eval`'s to say; this says what it sa
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
+import itertools
 import random
 import sys
 from collections.abc import Sequence
@@ -17,54 +17,15 @@ from typing import Any
 
 import torch
 
-from engine.config import PAGE_SIZE, EngineConfig
+from engine.config import EngineConfig
 from engine.engine import EngineCore
 from engine.errors import CheckpointError, ConfigError
 from engine.executor import InlineExecutor
 from service.bench.arguments import add_plans
-from service.bench.engine_load import closed_loop, steady_decode, steps_of_prefill
+from service.bench.engine_load import PROBE_INTERVAL, Load, budget_of, closed_loop, steady_decode
 from service.bench.report import Row, machine, progress, table, write
 from service.evaluation.arguments import setting
 from service.evaluation.plans import plan_specs, resolve, with_plan
-
-# Often enough for every case to be probed, too rarely to move a median.
-_PROBE_INTERVAL = 16
-_BUDGET = 8192
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Load:
-    """What is tried under every plan; lengths in tokens. repeats: prompts per prefill case.  budget: of one step."""
-
-    prefill_tokens: Sequence[int]
-    decode_batches: Sequence[int]
-    context_tokens: int
-    decode_steps: int
-    repeats: int
-    budget: int
-
-    def max_tokens(self, batch: int) -> int:
-        """Enough for the first request to live until all `batch` have decoded together."""
-        return steps_of_prefill([self.context_tokens] * batch, self.budget) + self.decode_steps + 1
-
-    def engine_settings(self) -> dict[str, Any]:
-        """The sizes that every case fits in."""
-        lengths = [(batch, self.context_tokens + self.max_tokens(batch)) for batch in self.decode_batches]
-        lengths += [(1, tokens + 1) for tokens in self.prefill_tokens]
-        if not lengths:
-            raise ConfigError("--prefill-tokens and --decode-batches are both empty: there is nothing to measure")
-        return {
-            "max_model_len": max(length for _, length in lengths),
-            "max_num_seqs": max(batch for batch, _ in lengths),
-            "max_num_batched_tokens": self.budget,
-            # The prompts of a decode case are to be done soon, whatever their neighbours wait.
-            "max_num_prefill_tokens": self.budget,
-            "long_prefill_token_threshold": 0,
-            "num_pages": max(batch * -(-length // PAGE_SIZE) for batch, length in lengths) + 1,
-            # A repeated prompt would be found instead of computed.
-            "enable_prefix_caching": False,
-            "probe_interval": _PROBE_INTERVAL,
-        }
 
 
 def run(model: Path, specs: Sequence[str], load: Load, settings: dict[str, Any], out: str | None) -> int:
@@ -102,18 +63,18 @@ def _measure(core: EngineCore, load: Load) -> list[Row]:
         return [rng.randrange(core.info.vocab_size) for _ in range(length)]
 
     # Kernels compile, buffers grow.
-    steady_decode(core, [prompt(min(300, load.context_tokens))], 3, load.max_tokens(1))
+    closed_loop(core, [prompt(min(300, core.info.max_model_len - 4))], concurrency=1, output_tokens=4)
     rows = []
     for tokens in load.prefill_tokens:
         closed_loop(core, [prompt(tokens)], concurrency=1, output_tokens=1)
         rows.append(_prefill(core, prompt, tokens, load.repeats))
-    for batch in load.decode_batches:
-        prompts = [prompt(load.context_tokens) for _ in range(batch)]
-        found = steady_decode(core, prompts, load.decode_steps, load.max_tokens(batch))
+    for batch, context in itertools.product(load.concurrency, load.context_tokens):
+        prompts = [prompt(context) for _ in range(batch)]
+        found = steady_decode(core, prompts, load.decode_steps, load.max_tokens(batch, context))
         step_s = median(found.intervals_s)
         # None where no step was probed: too few steps.
         share = sum(found.indexer_s.values()) / step_s if found.indexer_s else None
-        rows.append(_row(core, "decode", batch, load.context_tokens, batch / step_s, step_s, share))
+        rows.append(_row(core, "decode", batch, context, batch / step_s, step_s, share))
     return rows
 
 
@@ -122,7 +83,7 @@ def _prefill(core: EngineCore, prompt: Any, tokens: int, repeats: int) -> Row:
     run until one has been probed."""
     seconds: list[float] = []
     before = _probed_prefill(core)
-    while len(seconds) < repeats or (_probed_prefill(core)[1] == before[1] and len(seconds) < 2 * _PROBE_INTERVAL):
+    while len(seconds) < repeats or (_probed_prefill(core)[1] == before[1] and len(seconds) < 2 * PROBE_INTERVAL):
         ran = closed_loop(core, [prompt(tokens)], concurrency=1, output_tokens=1)
         seconds.append(ran.streams[0].ttft_s)
     indexer_s, forward_s = (late - early for late, early in zip(_probed_prefill(core), before, strict=True))
@@ -162,17 +123,16 @@ def add_gains(rows: Sequence[Row]) -> None:
 def from_args(args: argparse.Namespace) -> int:
     """Run with the flags of `arguments.add_plans`."""
     settings = dict(map(setting, args.set))
-    given = [settings.get(name) for name in ("max_num_batched_tokens", "max_num_prefill_tokens")]
     return run(
         Path(args.model),
         plan_specs(args.compare),
         Load(
             prefill_tokens=args.prefill_tokens,
-            decode_batches=args.decode_batches,
-            context_tokens=args.context_tokens,
+            concurrency=args.decode_batches,
+            context_tokens=[args.context_tokens],
             decode_steps=args.decode_steps,
             repeats=args.repeats,
-            budget=min([_BUDGET, *(tokens for tokens in given if isinstance(tokens, int))]),
+            budget=budget_of(settings),
         ),
         settings,
         args.out,

@@ -19,11 +19,11 @@ import torch
 
 from engine.errors import CheckpointError, ConfigError
 from service.bench.arguments import add_slice
-from service.bench.engine_load import ClosedLoop, SteadyDecode, closed_loop, steady_decode
+from service.bench.engine_load import ClosedLoop, Load, SteadyDecode, budget_of, closed_loop, steady_decode
 from service.bench.floors import H100, M3_RANK, Kind, RankShape, Rates
 from service.bench.gpu_timing import Protocol, measure_rates
 from service.bench.report import Row, machine, progress, summary, table, write
-from service.bench.slice_engine import Load, SliceEngine, expert_coverage
+from service.bench.slice_engine import SliceEngine, expert_coverage
 from service.bench.slice_model import TINY_RANK, group_shape, hf_config
 from service.evaluation.arguments import setting
 
@@ -231,6 +231,8 @@ def from_args(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and not args.tiny:
         raise ConfigError("bench slice needs a GPU with 80 GB, and torch sees none; --tiny runs a toy size on CPU")
 
+    settings = dict(map(setting, args.set))
+
     def given(value: Any, full: Any, tiny: Any) -> Any:
         return value if value is not None else tiny if args.tiny else full
 
@@ -245,8 +247,9 @@ def from_args(args: argparse.Namespace) -> int:
             decode_steps=given(args.decode_steps, 128, 8),
             repeats=args.repeats,
             requests_per_stream=args.requests_per_stream or 0,
+            budget=budget_of(settings),
         ),
-        settings={"backend": args.backend, "dtype": args.dtype, **dict(map(setting, args.set))},
+        settings={"backend": args.backend, "dtype": args.dtype, **settings},
         bandwidth=None if args.bandwidth is None else args.bandwidth * 1e12,
         out=args.out,
         ranks=args.tensor_parallel_size,

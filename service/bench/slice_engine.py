@@ -15,55 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import PAGE_SIZE, EngineConfig
+from engine.config import EngineConfig
 from engine.engine import EngineCore
 from engine.executor import Executor, InlineExecutor
 from engine.model.minimax_m3 import MiniMaxM3
 from engine.model.moe import MoE
 from service.bench import floors
-from service.bench.engine_load import closed_loop, steps_of_prefill
+from service.bench.engine_load import BUDGET, Load, closed_loop
 from service.bench.floors import Kind, RankShape
 from service.bench.report import progress
 from service.bench.slice_model import SliceFloors
 
-BUDGET = 8192
-PROBE_INTERVAL = 32
 _COVERAGE_DRAWS = 16
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Load:
-    """What is tried on each engine. requests_per_stream: of a closed loop per decode
-    case; 0: none."""
-
-    prefill_tokens: list[int]
-    concurrency: list[int]
-    context_tokens: list[int]
-    decode_steps: int
-    repeats: int
-    requests_per_stream: int
-
-    def max_tokens(self, rows: int, context: int) -> int:
-        """Enough for the first request to live until all `rows` have decoded together."""
-        return steps_of_prefill([context] * rows, BUDGET) + self.decode_steps + 1
-
-    def engine_settings(self) -> dict[str, Any]:
-        """The sizes that every case fits in."""
-        cases = [(rows, context) for rows in self.concurrency for context in self.context_tokens]
-        lengths = [(rows, context + self.max_tokens(rows, context)) for rows, context in cases]
-        lengths += [(1, tokens + 1) for tokens in self.prefill_tokens]
-        return {
-            "max_model_len": max(length for _, length in lengths),
-            "max_num_seqs": max(rows for rows, _ in lengths),
-            "max_num_batched_tokens": BUDGET,
-            "max_num_prefill_tokens": BUDGET,
-            "long_prefill_token_threshold": 0,
-            "num_pages": max(rows * -(-length // PAGE_SIZE) for rows, length in lengths) + 1,
-            # A repeated prompt would be found instead of computed.
-            "enable_prefix_caching": False,
-            # Often enough for every case to be probed, too rarely to move a median.
-            "probe_interval": PROBE_INTERVAL,
-        }
 
 
 class _WatchedExecutor(InlineExecutor):

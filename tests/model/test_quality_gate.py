@@ -17,9 +17,9 @@ from service.evaluation.offline import evaluate
 # Of a task's questions in a bucket of distances, and nats per token in a bucket of positions.
 ACCURACY_TOLERANCE = 0.01
 LOSS_TOLERANCE = 0.01
-# Four times the blocks that every plan selects.
-LENGTH = 4096
-TASKS = ("recall", "tracking")
+# All that the model can see.
+LENGTH = 8191
+TASKS = ("recall", "copy", "tracking")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def measured() -> tuple[Data, dict[str, Measured]]:
     """The gate's data, and on it: no sharing, the plan that ships, and the uniform one of the same sparsity."""
     model, _ = resolve_model(EngineConfig(str(CHECKPOINT)))
     skip_tokens = model.topk_blocks * PAGE_SIZE
-    sizes = Sizes(length=LENGTH, documents=1, examples=2, seed=0, skip_tokens=skip_tokens, tasks=TASKS)
+    sizes = Sizes(length=LENGTH, documents=1, examples=1, seed=0, skip_tokens=skip_tokens, tasks=TASKS)
     data = make_data(Path(CHECKPOINT), read_documents(shipped_documents()), sizes)
     found, _ = evaluate(Path(CHECKPOINT), data, {}, ["F", None, "2"])
     return data, dict(zip(("all F", "shipped", "uniform"), found, strict=True))
@@ -37,7 +37,7 @@ def test_the_model_can_what_is_asked(measured: tuple[Data, dict[str, Measured]])
     """Else nothing could be lost."""
     data, found = measured
     total = {row["task"]: row["accuracy"] for row in accuracies(data, found["all F"]) if row["distance"] == "all"}
-    assert min(total.values()) > 0.8, total
+    assert min(total.values()) > 0.7, total
 
 
 def test_the_shipped_plan_passes(measured: tuple[Data, dict[str, Measured]]) -> None:
@@ -52,5 +52,6 @@ def test_the_uniform_plan_of_equal_sparsity_does_not(measured: tuple[Data, dict[
     assert found["uniform"].plan.count("S") == found["shipped"].plan.count("S")
     assert regressions(data, found["all F"], found["uniform"], ACCURACY_TOLERANCE)
     told = loss_regressions(data, found["all F"], found["uniform"], LOSS_TOLERANCE)
-    assert any("2k-4k" in line for line in told), told
+    for bucket in ("2k-4k", "4k-8k"):
+        assert any(bucket in line for line in told), told
     assert not any("0-512" in line or "512-1k" in line for line in told), "there every block is selected"

@@ -46,18 +46,9 @@ def test_offline(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_plans(checkpoint: Path, tmp_path: Path) -> None:
     """Every plan in every case, the first of them twice; what reuses a selection runs no indexer."""
     out = tmp_path / "bench.json"
-    sizes = ["--prefill-tokens", "300", "--context-tokens", "900", "--decode-batches", "1,4", "--decode-steps", "20"]
-    fixed = [
-        "--repeats",
-        "1",
-        "--set",
-        "num_threads=1",
-        "--set",
-        "dtype=float32",
-        "--set",
-        "max_num_batched_tokens=512",
-    ]
-    arguments = ["--model", str(checkpoint), "--compare", "F,FSS", *sizes, *fixed, "--out", str(out)]
+    sizes = ["--prefill-tokens", "300", "--context-tokens", "900", "--decode-batches", "1,4", "--decode-steps", "40"]
+    fixed = [f"--set={pair}" for pair in ("num_threads=1", "dtype=float32", "max_num_batched_tokens=512")]
+    arguments = ["--model", str(checkpoint), "--compare", "F,FSS", "--repeats", "1", *sizes, *fixed, "--out", str(out)]
     assert cli.main(["bench", "plans", *arguments]) == 0
     rows = json.loads(out.read_text())["rows"]
     plans = ["DDFFF", "DDFSS", "DDFFF"]
