@@ -387,7 +387,8 @@ def test_every_way_to_say_what_text_has_to_match(url: str) -> None:
     fields = {"prompt": [PROMPT, "x"], "n": 2, "max_tokens": 60}
     for given, pattern in (
         ({"guided_choice": ["left", "right"]}, "left|right"),
-        ({"guided_regex": r"\d{3}-[a-f]+!"}, r"\d{3}-[a-f]+!"),
+        # Not \d: the grammar engine knows digits of a newer Unicode than this Python does.
+        ({"guided_regex": r"[0-9]{3}-[a-f]+!"}, r"[0-9]{3}-[a-f]+!"),
         ({"guided_grammar": 'root ::= "<" [xy]{2,5} ">"'}, "<[xy]{2,5}>"),
         ({"structured_outputs": {"choice": ["\u4e2d", "b c"]}}, "\u4e2d|b c"),
         ({"structured_outputs": {"grammar": 'start: "a"~2..4'}}, "a{2,4}"),
